@@ -1,0 +1,46 @@
+# Everything from a fresh clone: each target sets up .venv by itself, once.
+# Needs python3 (3.11 or newer) with venv, make, and a package index.
+
+PRESET = quick
+DEVICE = auto
+ONLY =
+PYTHON = python3
+
+BIN = .venv/bin
+READY = .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help figures test lab clean
+
+help:
+	@echo 'make figures   regenerate the figures into figures/gallery'
+	@echo '               PRESET=quick (smoke: does it run? | paper: the published settings, for a GPU)'
+	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)'
+	@echo 'make test      all tests: ruff, the notebooks, pytest'
+	@echo 'make lab       JupyterLab on the notebooks'
+	@echo 'make clean     remove .venv, caches and executed notebooks; finished runs (runs/) and the gallery stay'
+	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
+
+$(READY): settings.ini pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python -e '.[dev]'
+	@touch $@
+
+figures: $(READY)
+	$(BIN)/fsl-sage-reproduce --preset $(PRESET) --device $(DEVICE) $(if $(strip $(ONLY)),--only $(ONLY))
+
+# One thread a process: there are as many notebooks at work as there are cores. The last line is pytest's.
+test: $(READY)
+	$(BIN)/ruff check fsl_sage nbs figures tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab
+
+clean:
+	rm -rf .venv figures/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _proc _docs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""What is written down twice says the same: requirements, version, notebooks and the package exported from them."""
+
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import papermill
+import pytest
+import yaml
+
+import fsl_sage
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
+FIGURES = sorted((ROOT / "figures").glob("*.ipynb"))
+CONDA_NAMES = {"torch": "pytorch"}  # where conda-forge calls a package otherwise
+ONLY_FOR_NOTEBOOKS = ("nbdev", "execnb", "fastcore", "IPython", "ipykernel", "jupyter_client", "nbformat", "papermill")
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def code_cells(notebook):
+    return [cell for cell in json.loads(notebook.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+def test_environment_yml_asks_for_what_settings_ini_asks_for(settings):
+    def conda_name(requirement):
+        name = re.match(r"[\w.-]+", requirement)[0]
+        return CONDA_NAMES.get(name, name) + requirement[len(name) :]
+
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
+    from_conda = [entry for entry in dependencies if isinstance(entry, str)]
+    from_pip = [requirement for entry in dependencies if isinstance(entry, dict) for requirement in entry["pip"]]
+    asked = [*settings["requirements"].split(), *settings["dev_requirements"].split()]
+    assert f"python>={settings['min_python']}" in from_conda
+    given = {*from_conda, *map(conda_name, from_pip)} - {f"python>={settings['min_python']}", "pip"}
+    assert given == set(map(conda_name, asked))
+
+
+def test_version_and_licence_are_the_same_everywhere(settings):
+    assert fsl_sage.__version__ == settings["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert (citation["version"], citation["license"]) == (settings["version"], "MIT")
+    assert "MIT License" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_package_imports_without_nbdev_and_jupyter():
+    modules = [f"fsl_sage.{path.stem}" for path in (ROOT / "fsl_sage").glob("[a-z]*.py")]
+    assert "fsl_sage.training" in modules
+    forbid = f"import sys; sys.modules.update(dict.fromkeys({ONLY_FOR_NOTEBOOKS!r}))"  # None there: ImportError
+    code = f"{forbid}\nimport importlib\nfor name in {modules!r}: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (tmp_path / "fsl_sage").mkdir()
+    shutil.copy(ROOT / "fsl_sage" / "__init__.py", tmp_path / "fsl_sage")
+    done = subprocess.run([BIN / "nbdev_export"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    exported, ours = ({path.name for path in (root / "fsl_sage").glob("*.py")} for root in (tmp_path, ROOT))
+    assert exported == ours
+    _, differ, errors = filecmp.cmpfiles(tmp_path / "fsl_sage", ROOT / "fsl_sage", exported, shallow=False)
+    assert not differ + errors, "run nbdev_export"
+
+
+@pytest.mark.parametrize("folder", ["nbs", "figures"])
+def test_notebooks_are_clean(folder, tmp_path):
+    notebooks = sorted((ROOT / folder).glob("**/*.ipynb"))
+    notebooks = [path for path in notebooks if not {"executed", ".ipynb_checkpoints"} & set(path.parts)]
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    copies = tmp_path / folder
+    for path in notebooks:
+        copy = copies / path.relative_to(ROOT / folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    copies.mkdir(exist_ok=True)
+    done = subprocess.run([BIN / "nbdev_clean", "--fname", copies], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    changed = [p.name for p in notebooks if p.read_bytes() != (copies / p.relative_to(ROOT / folder)).read_bytes()]
+    assert not changed, "run nbdev_clean"
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda path: path.stem)
+def test_stored_outputs_are_for_every_reader(notebook):
+    outputs = [output for cell in code_cells(notebook) for output in cell["outputs"]]
+    unwanted = [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert not unwanted, "warnings, progress bars or errors among the stored outputs"
+    texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in outputs]
+    assert not re.search(r"/(home|root|tmp|Users)/|\x1b\[", "".join(map("".join, texts))), "a machine's path"
+
+
+@pytest.mark.parametrize("notebook", FIGURES, ids=lambda path: path.stem)
+def test_figure_notebooks_have_parameters_and_no_outputs(notebook):
+    cells = code_cells(notebook)
+    assert all(not cell["outputs"] for cell in cells)
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
+    assert {"preset", "device", "gallery"} <= set(papermill.inspect_notebook(str(notebook)))
