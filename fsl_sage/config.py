@@ -320,7 +320,7 @@ PRESETS = {
         "dataset.max_train": 600, "dataset.max_test": 200, "model.width": 8, "model.client.batch_size": 32,
         "num_clients": 3, "rounds": 3,
     },
-    "quick": {"model.width": 16, "model.client.batch_size": 64, "rounds": 30, "comm_threshold_mb": 200.0},
+    "quick": {"model.width": 16, "model.client.batch_size": 64, "rounds": 25, "comm_threshold_mb": 160.0},
     "paper": {"dataset.name": "cifar10"},
 }  # fmt: skip
 
@@ -336,8 +336,8 @@ SGLR_PRESETS = {
         "model.client.batch_size": 16, "num_clients": 3, "rounds": 3,
     },
     "quick": SGLR_COMMON | {
-        "dataset.val_size": 1000, "dataset.samples_per_client": 500, "model.width": 32, "model.client.batch_size": 32,
-        "num_clients": 6, "rounds": 10,
+        "dataset.max_test": 500, "dataset.val_size": 500, "dataset.samples_per_client": 500, "model.width": 16,
+        "model.client.batch_size": 16, "num_clients": 6, "rounds": 10,
     },
     "paper": SGLR_COMMON | {
         "dataset.name": "fmnist", "dataset.rgb32": True, "dataset.val_size": 10000, "dataset.samples_per_client": 1000,
@@ -346,7 +346,7 @@ SGLR_PRESETS = {
 }  # fmt: skip
 SHORT_ALIGNMENT = {
     "smoke": {"algorithm.align_epochs": 10, "algorithm.align_interval": 2},
-    "quick": {"algorithm.align_epochs": 50, "algorithm.max_dataset_size": 256},
+    "quick": {"algorithm.align_epochs": 50, "algorithm.max_dataset_size": 128},
 }  # a full alignment would take longer than all the rest on a CPU
 
 
