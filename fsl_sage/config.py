@@ -56,7 +56,7 @@ class SchedulerConfig:
         early = ("early",) if self.name == "fraction" else ()
         _forget_unused(self, ("name", "gamma", own[self.name], *early))
 
-
+# %% ../nbs/05_config.ipynb #00556e04
 @dataclass(frozen=True)
 class OptimizerConfig:
     "An optimiser and its learning rate."
@@ -70,13 +70,15 @@ class OptimizerConfig:
 
     def __post_init__(self):
         one_of("optimizer.name", self.name, ("adam", "sgd"))
-        require(self.lr > 0, "optimizer.lr", self.lr, "greater than 0")
+        require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "greater than 0")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         betas_ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(betas_ok, "optimizer.betas", self.betas, "two numbers in [0, 1)")
         require(self.momentum >= 0, "optimizer.momentum", self.momentum, "0 or more")
+        own = {"adam": "betas", "sgd": "momentum"}[self.name]
+        _forget_unused(self, ("name", "lr", "weight_decay", "scheduler", own))
 
-# %% ../nbs/05_config.ipynb #4cc86af7
+# %% ../nbs/05_config.ipynb #0dc9ba8c
 @dataclass(frozen=True)
 class DatasetConfig:
     "Which images, and how they are spread over the clients."
@@ -104,7 +106,7 @@ class DatasetConfig:
         common = ("name", "distribution", "max_train", "max_test", "augment", "val_size", "rgb32")
         _forget_unused(self, (*common, own.get(self.distribution)))
 
-
+# %% ../nbs/05_config.ipynb #4cc86af7
 @dataclass(frozen=True)
 class ClientConfig:
     "What a client does in a round."
@@ -132,7 +134,7 @@ class AuxiliaryConfig:
     size: str = "default"  # of the ablation: linear, one_block, default, server_copy
     optimizer: OptimizerConfig = OptimizerConfig()
 
-
+# %% ../nbs/05_config.ipynb #b35ea8c9
 @dataclass(frozen=True)
 class ModelConfig:
     "The network, and what trains its parts."
@@ -172,14 +174,13 @@ ALGORITHM_FIELDS = {
     ),
 }  # fmt: skip
 
-
 FRACTIONS = {
     "lr_power": (0, 100, "a number from 0 to 100"),
     "active_fraction": (0, 1, "a number from 0 to 1"),
     "average_fraction": (1e-9, 1, "greater than 0, at most 1"),
 }  # least, greatest, in words
 
-
+# %% ../nbs/05_config.ipynb #d779512a
 @dataclass(frozen=True)
 class AlgorithmConfig:
     "The algorithm and its own numbers."
@@ -201,25 +202,30 @@ class AlgorithmConfig:
     mixing_mode: str = "concat_batch"  # how the server joins the clients' smashed data; one of MIXING_MODES
 
     def __post_init__(self):
-        used = ALGORITHM_FIELDS[one_of("algorithm.name", self.name, ALGORITHM_FIELDS)]
-        for spec in fields(self)[1:]:
-            field, value = f"algorithm.{spec.name}", getattr(self, spec.name)
-            if isinstance(spec.default, bool):
-                require(isinstance(value, bool), field, value, "true or false")
-            elif isinstance(spec.default, int):
-                require(value >= 1, field, value, "at least 1")
-            elif isinstance(spec.default, float):
-                low, high, allowed = FRACTIONS[spec.name]
-                require(low <= value <= high, field, value, allowed)
-                object.__setattr__(self, spec.name, float(value))
-        one_of("algorithm.loss", self.loss, LOSSES)
-        one_of("algorithm.average_phase", self.average_phase, AVERAGE_PHASES)
-        one_of("algorithm.mixing_mode", self.mixing_mode, MIXING_MODES)
-        joint = self.per_client_loss and "mixing_mode" in used and self.mixing_mode != "concat_batch"
-        require(not joint, "algorithm.per_client_loss", True, f"false with mixing_mode={self.mixing_mode!r}")
-        idle = {"average_phase", "average_fraction"} if self.active_fraction == 0 else set()
-        idle |= {"average_fraction"} if self.average_phase == "full" else set()
-        _forget_unused(self, {"name", *used} - idle)
+        _check_algorithm(self)
+
+# %% ../nbs/05_config.ipynb #7fe3c3aa
+def _check_algorithm(config: AlgorithmConfig) -> None:
+    "Ranges of all fields; those that do not matter are forgotten."
+    used = ALGORITHM_FIELDS[one_of("algorithm.name", config.name, ALGORITHM_FIELDS)]
+    for spec in fields(config)[1:]:
+        field, value = f"algorithm.{spec.name}", getattr(config, spec.name)
+        if isinstance(spec.default, bool):
+            require(isinstance(value, bool), field, value, "true or false")
+        elif isinstance(spec.default, int):
+            require(value >= 1, field, value, "at least 1")
+        elif isinstance(spec.default, float):
+            low, high, allowed = FRACTIONS[spec.name]
+            require(low <= value <= high, field, value, allowed)
+            object.__setattr__(config, spec.name, float(value))
+    one_of("algorithm.loss", config.loss, LOSSES)
+    one_of("algorithm.average_phase", config.average_phase, AVERAGE_PHASES)
+    one_of("algorithm.mixing_mode", config.mixing_mode, MIXING_MODES)
+    joint = config.per_client_loss and "mixing_mode" in used and config.mixing_mode != "concat_batch"
+    require(not joint, "algorithm.per_client_loss", True, f"false with mixing_mode={config.mixing_mode!r}")
+    idle = {"average_phase", "average_fraction"} if config.active_fraction == 0 else set()
+    idle |= {"average_fraction"} if config.average_phase == "full" else set()
+    _forget_unused(config, {"name", *used} - idle)
 
 # %% ../nbs/05_config.ipynb #d14ca1c8
 @dataclass(frozen=True)
@@ -238,23 +244,7 @@ class Experiment:
     sampling_seed: int | None = None  # order of batches, augmentation
 
     def __post_init__(self):
-        require(self.num_clients >= 1, "num_clients", self.num_clients, "at least 1")
-        require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
-        budget = self.comm_threshold_mb
-        require(budget is None or budget > 0, "comm_threshold_mb", budget, "greater than 0 MiB, or None")
-        for name in ("init_seed", "partition_seed", "sampling_seed"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self.seed)  # one experiment, one description
-            require(getattr(self, name) >= 0, name, getattr(self, name), "a whole number, 0 or more")
-        name, model = self.algorithm.name, self.model
-        if name == "centralised":
-            require(self.num_clients == 1, "num_clients", self.num_clients, "1 for 'centralised'")
-        if name in ("cse_fsl", "fsl_sage"):
-            fine = f"one of {', '.join(AUXILIARIES)} for {name!r}, which needs an auxiliary model"
-            require(model.name in AUXILIARIES, "model.name", model.name, fine)
-        if name == "sglr":  # its server's rate follows from the client's
-            optimizer = replace(model.server.optimizer, lr=model.client.optimizer.lr)
-            object.__setattr__(self, "model", replace(model, server=ServerConfig(optimizer)))
+        _settle(self)
 
     def to_dict(self) -> dict[str, Any]:
         "The tree as plain values, for JSON."
@@ -263,7 +253,8 @@ class Experiment:
     @property
     def hash(self) -> str:  # 16 hexadecimal digits
         "The address of the run: SHA-256 of the canonical JSON."
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        tree = from_dict(self.to_dict()).to_dict()  # 160 and 160.0 MiB are one budget
+        canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def replace(
@@ -271,17 +262,43 @@ class Experiment:
         **changes: object,  # new values by dotted name
     ) -> "Experiment":
         "A copy with fields changed: `replace(rounds=3)`, `replace(**{'algorithm.align_interval': 5})`."
-        tree = self.to_dict()
-        for name in ("init_seed", "partition_seed", "sampling_seed"):
-            if "seed" in changes and tree[name] == self.seed:
-                tree[name] = None  # it was not given: it follows `seed`
-        for path, value in changes.items():
-            *branch, leaf = path.split(".")
-            node = tree
-            for name in branch:
-                node = node[one_of(path, name, node)]
-            node[one_of(path, leaf, node)] = asdict(value) if is_dataclass(value) else value
-        return from_dict(tree)
+        return _changed(self, changes)
+
+# %% ../nbs/05_config.ipynb #f80bc6de
+def _settle(experiment: Experiment) -> None:
+    "Ranges of the fields; seeds that are not given follow `seed`."
+    require(experiment.num_clients >= 1, "num_clients", experiment.num_clients, "at least 1")
+    require(experiment.rounds >= 1, "rounds", experiment.rounds, "at least 1")
+    budget = experiment.comm_threshold_mb
+    require(budget is None or budget > 0, "comm_threshold_mb", budget, "greater than 0 MiB, or None")
+    for name in ("init_seed", "partition_seed", "sampling_seed"):
+        if getattr(experiment, name) is None:
+            object.__setattr__(experiment, name, experiment.seed)  # one experiment, one description
+        require(getattr(experiment, name) >= 0, name, getattr(experiment, name), "a whole number, 0 or more")
+    name, model = experiment.algorithm.name, experiment.model
+    if name == "centralised":
+        require(experiment.num_clients == 1, "num_clients", experiment.num_clients, "1 for 'centralised'")
+    if name in ("cse_fsl", "fsl_sage"):
+        fine = f"one of {', '.join(AUXILIARIES)} for {name!r}, which needs an auxiliary model"
+        require(model.name in AUXILIARIES, "model.name", model.name, fine)
+    if name == "sglr":  # its server's rate follows from the client's
+        optimizer = replace(model.server.optimizer, lr=model.client.optimizer.lr)
+        object.__setattr__(experiment, "model", replace(model, server=ServerConfig(optimizer)))
+
+# %% ../nbs/05_config.ipynb #10ae91e8
+def _changed(experiment: Experiment, changes: dict[str, object]) -> Experiment:
+    "`experiment` with `changes` by dotted name."
+    tree = experiment.to_dict()
+    for name in ("init_seed", "partition_seed", "sampling_seed"):
+        if "seed" in changes and tree[name] == experiment.seed:
+            tree[name] = None  # it was not given: it follows `seed`
+    for path, value in changes.items():
+        *branch, leaf = path.split(".")
+        node = tree
+        for name in branch:
+            node = node[one_of(path, name, node)]
+        node[one_of(path, leaf, node)] = asdict(value) if is_dataclass(value) else value
+    return from_dict(tree)
 
 # %% ../nbs/05_config.ipynb #18c2e974
 def _build(kind: Any, value: Any, path: str) -> Any:

@@ -146,7 +146,7 @@ def init_parts(
     for i, local in enumerate(data):
         short = len(local) % model.client.batch_size == 1
         fine = f"such that no client's last batch has 1 sample (client {i} has {len(local)}): BatchNorm needs 2"
-        shrinks = model.name == "resnet18"  # to 1 × 1 pixel; the others keep more, or have no BatchNorm
+        shrinks = model.name == "resnet18" and local.image_shape[1] <= 32  # to 1 × 1 pixel; the others keep more
         require(not short or not shrinks, "model.client.batch_size", model.client.batch_size, fine)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(experiment.init_seed, "init").initial_seed())

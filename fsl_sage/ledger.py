@@ -160,16 +160,8 @@ class Ledger:
         convention: str = "paper",  # one of CONVENTIONS
     ) -> int:  # since the start of the run
         "What all transfers so far cost by `convention`."
-        one_of("convention", convention, CONVENTIONS)
-        for transfer in self.transfers[self._counted :]:
-            first = False
-            if transfer.kind == "mean_cut_grad":
-                first = transfer[:2] not in self._averaged
-                self._averaged.add(transfer[:2])
-            for name, price in CONVENTIONS.items():
-                self._totals[name] += price(transfer, first)
-        self._counted = len(self.transfers)
-        return self._totals[convention]
+        _count(self)
+        return self._totals[one_of("convention", convention, CONVENTIONS)]
 
     def frame(self) -> pd.DataFrame:  # one row a transfer; columns as the fields of Transfer
         "All transfers as a tidy table."
@@ -179,6 +171,18 @@ class Ledger:
         "Bytes added up over the clients, in order of appearance."
         keys = ["phase", "round", "direction", "kind"]
         return self.frame().groupby(keys, sort=False, as_index=False)["bytes"].sum()
+
+# %% ../nbs/02_ledger.ipynb #8e5202e5
+def _count(ledger: Ledger) -> None:
+    "Price the transfers that are not yet in the totals, by every convention."
+    for transfer in ledger.transfers[ledger._counted :]:
+        first = False
+        if transfer.kind == "mean_cut_grad":
+            first = transfer[:2] not in ledger._averaged
+            ledger._averaged.add(transfer[:2])
+        for name, price in CONVENTIONS.items():
+            ledger._totals[name] += price(transfer, first)
+    ledger._counted = len(ledger.transfers)
 
 # %% ../nbs/02_ledger.ipynb #97353fd0
 def table6_bytes(

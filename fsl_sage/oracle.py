@@ -92,6 +92,7 @@ def spec_experiment(
     if name == "fsl_sage":
         own = ("align_interval", "align_epochs", "max_dataset_size")
         changes = changes | {f"algorithm.{field}": spec[field] for field in own}
+        changes |= {"algorithm.align_batch_size": max(1000, spec["max_dataset_size"])}  # the whole buffer
     return Experiment(num_clients=len(spec["sizes"]), rounds=spec["rounds"]).replace(**{
         "algorithm.name": name,
         "model.name": spec["model"],
@@ -156,7 +157,7 @@ def _show(state: State) -> dict[str, Any]:
     aux = {"aux": [fingerprints(part.model) for part in state.auxes]} if state.auxes else {}
     return {"client": client, "server": server, **aux}
 
-
+# %% ../nbs/13_oracle.ipynb #6dfcf6e4
 def replay(
     spec: dict[str, Any],  # the settings of a trace, without its `trace`
 ) -> list[dict[str, Any]]:  # one entry a round, in the form of the trace

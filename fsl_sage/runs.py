@@ -257,7 +257,7 @@ def _cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
+# %% ../nbs/10_runs.ipynb #c0d9520b
 class RunStore:
     "Finished runs, each in `<root>/<hash of its experiment>/`. `StoreError` whenever one cannot be read or written."
 
@@ -278,11 +278,8 @@ class RunStore:
         experiments: Sequence[Experiment],  # stored runs
     ) -> str:  # for instance "seeds 200, 201; AMD EPYC, 1 thread; torch 2.11.0"
         "What a figure of these runs must say: seeds, hardware, versions."
-        made = [json.loads((self.folder(run) / "provenance.json").read_text("utf-8")) for run in experiments]
-        seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in experiments)))
-        threads = [f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if m["device"] == "cpu" else "" for m in made]
-        machines = [f"{m['device_name']}{used}; torch {m['torch']}" for m, used in zip(made, threads, strict=True)]
-        return f"seed{'s' * (',' in seeds)} {seeds}; {' and '.join(dict.fromkeys(machines))}"
+        made = [_read_json(self.folder(run) / "provenance.json", "delete the folder") for run in experiments]
+        return _describe(experiments, made)
 
     def save(
         self,
@@ -313,6 +310,14 @@ class RunStore:
         for _ in tqdm(finished, "runs", total=len(missing), unit="run", disable=not (progress and missing)):
             pass
         return [self.find(experiment) for experiment in experiments]
+
+# %% ../nbs/10_runs.ipynb #085acaf0
+def _describe(experiments: Sequence[Experiment], made: Sequence[dict[str, Any]]) -> str:
+    "Seeds, and the machines and versions of the provenances `made`."
+    seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in experiments)))
+    threads = [f", {m['threads']} thread{'s' * (m['threads'] > 1)}" if m["device"] == "cpu" else "" for m in made]
+    machines = [f"{m['device_name']}{used}; torch {m['torch']}" for m, used in zip(made, threads, strict=True)]
+    return f"seed{'s' * (',' in seeds)} {seeds}; {' and '.join(dict.fromkeys(machines))}"
 
 # %% ../nbs/10_runs.ipynb #dde52c93
 LABELS = {
