@@ -38,7 +38,7 @@ test: $(READY)
 	$(BIN)/pytest
 
 lab: $(READY)
-	$(BIN)/jupyter lab
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs
 
 clean:
 	rm -rf .venv figures/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _proc _docs
