@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'ALIGNMENT_COLUMNS', 'evaluate', 'evaluate_mean', 'History', 'DivergedError', 'first_bad_loss',
-           'as_rgb32', 'hold_out', 'prepare', 'client_data', 'train', 'selected']
+           'as_rgb32', 'hold_out', 'prepare', 'client_data', 'train_state', 'train', 'selected']
 
 # %% ../nbs/09_training.ipynb #c5940c46
 import math
@@ -22,7 +22,7 @@ from .baselines import BASELINES, cse_fsl_round
 from .config import Experiment
 from .core import choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
-from .federation import Metrics
+from .federation import Metrics, State
 from .ledger import Ledger
 from .sage import SAGE
 from .sglr import SGLR
@@ -168,13 +168,13 @@ def client_data(
     ]  # fmt: skip
 
 # %% ../nbs/09_training.ipynb #d5e74981
-def train(
+def train_state(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     progress: bool = True,  # show a bar with accuracy and GB
-) -> History:
-    "Run `experiment`. `DivergedError` when a loss is not finite, with the history so far."
+) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
+    "`train`, for those who want the trained models too."
     dataset, validation = prepare(experiment, choose_device(device), root)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
     criterion = LOSSES[experiment.algorithm.loss]
@@ -212,8 +212,18 @@ def train(
         for part in state.parts if rnd >= 0 else ():
             part.step_schedule()
         if experiment.comm_threshold_mb and ledger.bytes("paper") >= experiment.comm_threshold_mb * 2**20:
-            return history("budget")
-    return history("rounds")
+            return history("budget"), state
+    return history("rounds"), state
+
+# %% ../nbs/09_training.ipynb #8df7fde1
+def train(
+    experiment: Experiment,
+    device: str | torch.device = "auto",  # auto, cpu, cuda, …
+    root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+    progress: bool = True,  # show a bar with accuracy and GB
+) -> History:
+    "Run `experiment`. `DivergedError` when a loss is not finite, with the history so far."
+    return train_state(experiment, device, root, progress)[0]
 
 # %% ../nbs/09_training.ipynb #09d3211b
 def selected(
