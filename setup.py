@@ -32,7 +32,7 @@ setup(
     packages=find_packages(include=["fsl_sage*"]),
     package_data={"fsl_sage": ["embedded/*"]},
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "privacy")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

@@ -171,6 +171,7 @@ ALGORITHM_FIELDS = {
     "sfl": ("loss", "per_client_loss"),
     "sglr": (
         "loss", "per_client_loss", "lr_power", "active_fraction", "average_phase", "average_fraction", "mixing_mode",
+        "clip_norm", "noise_multiplier",
     ),
 }  # fmt: skip
 
@@ -178,6 +179,8 @@ FRACTIONS = {
     "lr_power": (0, 100, "a number from 0 to 100"),
     "active_fraction": (0, 1, "a number from 0 to 1"),
     "average_fraction": (1e-9, 1, "greater than 0, at most 1"),
+    "clip_norm": (0, 1e9, "a number from 0 to 1e9"),
+    "noise_multiplier": (0, 1e9, "a number from 0 to 1e9"),
 }  # least, greatest, in words
 
 # %% ../nbs/05_config.ipynb #d779512a
@@ -200,6 +203,8 @@ class AlgorithmConfig:
     average_phase: str = "full"  # when they get it: full, initial or final
     average_fraction: float = 0.6  # length of the initial or final phase, as a part of all rounds, in (0, 1]
     mixing_mode: str = "concat_batch"  # how the server joins the clients' smashed data; one of MIXING_MODES
+    clip_norm: float = 0.0  # C: longest a sample's gradient may be in the average; 0: as long as it is
+    noise_multiplier: float = 0.0  # σ: the averaged gradients' sum gets noise of deviation σ·C; 0: none
 
     def __post_init__(self):
         _check_algorithm(self)
@@ -223,7 +228,10 @@ def _check_algorithm(config: AlgorithmConfig) -> None:
     one_of("algorithm.mixing_mode", config.mixing_mode, MIXING_MODES)
     joint = config.per_client_loss and "mixing_mode" in used and config.mixing_mode != "concat_batch"
     require(not joint, "algorithm.per_client_loss", True, f"false with mixing_mode={config.mixing_mode!r}")
-    idle = {"average_phase", "average_fraction"} if config.active_fraction == 0 else set()
+    fine = "greater than 0 where noise_multiplier is: noise without clipping protects nothing"
+    require(config.clip_norm > 0 or config.noise_multiplier == 0, "algorithm.clip_norm", config.clip_norm, fine)
+    averaging = {"average_phase", "average_fraction", "clip_norm", "noise_multiplier"}
+    idle = averaging if config.active_fraction == 0 else set()
     idle |= {"average_fraction"} if config.average_phase == "full" else set()
     _forget_unused(config, {"name", *used} - idle)
 

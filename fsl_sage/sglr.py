@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXES', 'SGLR', 'server_rate', 'n_active', 'fraction_now', 'active_clients', 'concat_batch', 'pooling',
-           'concat_batch_pool', 'concat_channels', 'ManyHeads', 'OneHead', 'require_equal_batches', 'init', 'widened',
-           'run_round', 'evaluation_models']
+           'concat_batch_pool', 'concat_channels', 'ManyHeads', 'OneHead', 'noisy_mean', 'epsilon',
+           'require_equal_batches', 'init', 'widened', 'run_round', 'evaluation_models']
 
 # %% ../nbs/08_sglr.ipynb #cf6a8667
 import math
@@ -171,6 +171,42 @@ class OneHead(nn.Module):
         smashed = torch.cat([self.client(x)] * self.server.n, 1)
         return self.server(smashed)[self.i :: self.server.n]
 
+# %% ../nbs/08_sglr.ipynb #01eeff68
+def noisy_mean(
+    gradients: Tensor,  # (active client, batch, …)
+    clip_norm: float,  # C; 0: no clipping
+    noise_multiplier: float,  # σ
+    stream: torch.Generator,  # on the CPU
+) -> Tensor:  # (batch, …)
+    "Mean over the active clients of clipped gradients with Gaussian noise (the Gaussian mechanism on SGLR, Eq. 15)."
+    if clip_norm == 0:
+        return gradients.mean(0)
+    norms = gradients.flatten(2).norm(dim=2).clamp_min(clip_norm)
+    total = (gradients * (clip_norm / norms).view(*norms.shape, *[1] * (gradients.ndim - 2))).sum(0)
+    if noise_multiplier > 0:
+        noise = torch.randn(total.shape, generator=stream).to(total)
+        total = total + noise_multiplier * clip_norm * noise
+    return total / len(gradients)
+
+# %% ../nbs/08_sglr.ipynb #39db7d57
+def epsilon(
+    noise_multiplier: float,  # σ ≥ 0
+    releases: int,  # in how many averages a sample's gradient may be: rounds × local epochs
+    delta: float,  # δ in (0, 1)
+) -> float:  # ε; infinite without noise
+    "The ε of (ε, δ) against another active client. `ImportError` without the extra `privacy`."
+    require(0 <= noise_multiplier < math.inf, "noise_multiplier", noise_multiplier, "0 or more")
+    require(releases >= 1, "releases", releases, "at least 1")
+    require(0 < delta < 1, "delta", delta, "greater than 0, less than 1")
+    if noise_multiplier == 0:
+        return math.inf
+    from opacus.accountants import RDPAccountant  # only here: it is an extra, and slow to import
+
+    orders = [*RDPAccountant.DEFAULT_ALPHAS, *range(128, 1025, 64)]
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, 1.0, releases)]  # every sample, every time: no amplification by sampling
+    return float(accountant.get_epsilon(delta, alphas=orders))
+
 # %% ../nbs/08_sglr.ipynb #abefd8bb
 def require_equal_batches(
     experiment: Experiment,
@@ -240,7 +276,9 @@ def run_round(
         # 4. SplitAvg: the active clients all get their average, in one message. The others get their own.
         received = {}
         if active := [i for i in active_clients(experiment, rnd, s) if i in cut_grads]:
-            mean = torch.stack([cut_grads[i] for i in active]).mean(0)
+            noise = generator(experiment.sampling_seed, "noise", rnd, s)
+            of_active = torch.stack([cut_grads[i] for i in active])
+            mean = noisy_mean(of_active, config.clip_norm, config.noise_multiplier, noise)
             received = ledger.multicast(rnd, active, mean_cut_grad=mean)
         # 5. Every client steps. Nobody exchanges models.
         for i, z in smashed.items():
