@@ -7,8 +7,10 @@ __all__ = ['STYLES', 'AXES', 'COLUMN', 'TEXT', 'FAMILY_MARKERS', 'new_figure', '
            'plot_family', 'mark_target', 'stamp', 'save_figure']
 
 # %% ../nbs/11_plots.ipynb #976034ea
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -155,9 +157,14 @@ def save_figure(
     figure: Figure,
     folder: str | Path,  # made if missing
     name: str,  # without suffix
+    alt: str,  # a sentence for people who cannot see the picture: what it shows, not numbers that a rerun may change
+    about: Mapping[str, Any],  # what made it, in plain values: `RunStore.about(experiments)` or `runs.about_here()`
+    *,
+    preset: str,  # smoke, quick or paper
     formats: Iterable[str] = ("png", "pdf"),
 ) -> list[Path]:  # the files
-    "Save a figure in each format, whole or not at all."
+    "Save a figure in each format, and in `NAME.json` what it is and what made it; each file whole or not at all."
+    require(bool(alt.strip()), "alt", alt, "a sentence that says what the picture shows")
     figure.draw_without_rendering()  # lay out once; laying out again would move things by fractions of a pixel
     figure.set_layout_engine("none")
     paths = [Path(folder) / f"{name}.{suffix}" for suffix in formats]
@@ -165,4 +172,8 @@ def save_figure(
         with atomic_path(path) as whole:
             metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
             figure.savefig(whole, dpi=200, metadata=metadata)
+    paths.append(Path(folder) / f"{name}.json")
+    with atomic_path(paths[-1]) as whole:
+        facts = {**about, "name": name, "alt": alt, "preset": preset}
+        whole.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     return paths
