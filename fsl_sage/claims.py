@@ -165,10 +165,14 @@ def order_verdict(
     if missing:
         return "not run", f"no run of {', '.join(missing)}" if len(ours) else ""
     steps = [(low, high) for left, right in pairwise(order) for low in left for high in right]
-    wrong = [f"{low} is not below {high}" for low, high in steps if not ours[low] < ours[high]]
+    wrong = [
+        f"{low} and {high} are not told apart" if ours[low] == ours[high] else f"{low} is not below {high}"
+        for low, high in steps
+        if not ours[low] < ours[high]
+    ]
     note = "; ".join(wrong) or "every step as published"
     if preset != "paper":
-        return "order only", f"another experiment, its order {'differs: ' + note if wrong else 'agrees'}"
+        return "order only", f"another experiment; its order {'does not agree: ' + note if wrong else 'agrees'}"
     scatter = {step: 2 * math.hypot(deviation[step[0]], deviation[step[1]]) for step in steps}
     close = [f"{low} and {high}" for low, high in steps if abs(ours[high] - ours[low]) <= scatter[low, high]]
     return "differs" if wrong else "holds", note + (f"; within two deviations: {', '.join(close)}" if close else "")
