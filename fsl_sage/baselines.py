@@ -8,16 +8,16 @@ __all__ = ['BASELINES', 'init_centralised', 'centralised_round', 'init_fed_avg',
            'psl_round']
 
 # %% ../nbs/06_baselines.ipynb #cf6fe3d8
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .config import Experiment
 from fsl_sage.federation import (
-    Algorithm, LocalData, Metrics, State, aggregate, average, broadcast, init_parts, make_part, one_per_client,
-    only_global, whole_step,
+    Algorithm, LocalData, Metrics, State, aggregate, arrivals, average, broadcast, each_client, init_parts, make_part,
+    one_per_client, only_global, whole_step,
 )  # fmt: skip
 from .ledger import Ledger
 from .split import LOSSES, SplitModel, server_step
@@ -53,7 +53,8 @@ def init_fed_avg(
     state = State(**init_parts(experiment, data, servers=len(data)))
     if experiment.algorithm.share_server:
         shared, config = state.servers[0].model, experiment.model.server.optimizer
-        state.servers = [make_part(shared, config, experiment.rounds) for _ in state.servers]  # an optimiser a client
+        own = (config, experiment.rounds, experiment.precision)  # an optimiser a client
+        state.servers = [make_part(shared, *own) for _ in state.servers]
     broadcast(state, -1, ledger, client_model=state.clients, server_model=state.servers)
     return state
 
@@ -65,9 +66,16 @@ def fed_avg_round(
 ) -> Metrics:
     "Local training of whole networks, then their average."
     metrics = Metrics()
-    for i, (client, server) in enumerate(zip(state.clients, state.servers, strict=True)):
+
+    def train_locally(i: int) -> None:
         for s, x, y in state.batches(i, rnd):
-            metrics.loss(i, s, whole_step(client, server, x, y))
+            metrics.loss(i, s, whole_step(state.clients[i], state.servers[i], x, y))
+
+    if state.experiment.algorithm.share_server:
+        for i in range(len(state.clients)):  # each goes on from where the one before left the shared half
+            train_locally(i)
+    else:
+        list(each_client(state, train_locally))
     aggregate(state, rnd, ledger, client_model=state.clients, server_model=state.servers)
     return metrics
 
@@ -89,18 +97,24 @@ def splitfed_round(
     rnd: int,  # round
     ledger: Ledger,
 ) -> Metrics:
-    "Every step exchanges smashed data for its gradient; then the halves are averaged."
-    metrics = Metrics()
-    for i, client in enumerate(state.clients):
-        link, server = ledger.link(rnd, i), state.servers[i % len(state.servers)]
+    "Every step exchanges smashed data for its gradient; then the halves are averaged (SplitFed)."
+    metrics, many = Metrics(), len(state.servers) > 1
+
+    def train_with_server(i: int) -> None:
+        client, server, link = state.clients[i], state.servers[i if many else 0], ledger.link(rnd, i)
         for s, x, y in state.batches(i, rnd):
-            smashed = client.model(x)
+            smashed = client(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
             loss, cut_grad = server_step(server, at_server, labels)
             client.step(smashed, link.down(cut_grad=cut_grad))
             metrics.loss(i, s, loss)
-    if len(state.servers) > 1:
+
+    if many:
+        list(each_client(state, train_with_server))
         average(state.servers, state.weights)  # among the servers: no client traffic
+    else:
+        for i in range(len(state.clients)):
+            train_with_server(i)
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
 
@@ -123,17 +137,22 @@ def cse_fsl_round(
 ) -> Metrics:
     "Local steps on the auxiliary loss; every q-th smashed batch updates the server."
     metrics, (server,), q = Metrics(), state.servers, state.experiment.algorithm.server_update_interval
-    for i, (client, aux) in enumerate(zip(state.clients, state.auxes, strict=True)):
+
+    def client_steps(i: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        client, aux = state.clients[i], state.auxes[i]
         for s, x, y in state.batches(i, rnd):
-            smashed = client.model(x)
+            smashed = client(x)
             if s % q == 0:
-                at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=y)
-                metrics.loss(i, s, server_step(server, at_server, labels, return_cut_grad=False)[0])
-            loss = F.cross_entropy(aux.model(smashed), y)
+                yield s, smashed.detach(), y
+            loss = F.cross_entropy(aux(smashed), y)
             aux.optimizer.zero_grad(set_to_none=True)
             client.step(loss)
             aux.optimizer.step()
             metrics.loss(i, s, loss.detach(), at="aux")
+
+    for i, s, smashed, labels in arrivals(state, client_steps):
+        at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
+        metrics.loss(i, s, server_step(server, at_server, labels, return_cut_grad=False)[0])
     aggregate(state, rnd, ledger, client_model=state.clients, aux_model=state.auxes)
     return metrics
 
@@ -161,7 +180,7 @@ def ssl_round(
         link, predecessor = ledger.link(rnd, i), state.clients[i - 1]  # the first goes on from the last
         client.model.load_state_dict(link.down(client_model=predecessor.model))
         for s, x, y in state.batches(i, rnd):
-            smashed = client.model(x)
+            smashed = client(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
             loss, cut_grad = server_step(server, at_server, labels, criterion=criterion)
             client.step(smashed, link.down(cut_grad=cut_grad))
@@ -186,7 +205,7 @@ def psl_round(
     metrics, (server,), config = Metrics(), state.servers, state.experiment.algorithm
     for s, batches in state.parallel_batches(rnd):
         # 1. Every client's forward pass; smashed data and labels go up.
-        smashed = [state.clients[i].model(x) for i, x, _ in batches]
+        smashed = [state.clients[i](x) for i, x, _ in batches]
         arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
         at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
         # 2. One loss over all samples, one step of the server.

@@ -24,7 +24,7 @@ from fsl_sage.federation import (
     Algorithm, LocalData, Metrics, State, broadcast, init_parts, make_part, one_per_client,
 )  # fmt: skip
 from .ledger import Ledger
-from .split import LOSSES, server_step
+from .split import LOSSES, fast_layout, server_step
 
 # %% ../nbs/08_sglr.ipynb #fee99e7d
 def server_rate(
@@ -234,7 +234,8 @@ def init(
     if experiment.algorithm.mixing_mode == "concat_channels":
         server = widened(experiment, data, parts["clients"][0].model, server)
     rate = server_rate(config.client.optimizer.lr, n, experiment.algorithm.lr_power)
-    parts["servers"] = [make_part(server, replace(config.server.optimizer, lr=rate), experiment.rounds)]
+    optimizer = replace(config.server.optimizer, lr=rate)
+    parts["servers"] = [make_part(server, optimizer, experiment.rounds, experiment.precision)]
     state = State(**parts)
     broadcast(state, -1, ledger, client_model=state.clients)
     return state
@@ -247,7 +248,7 @@ def widened(experiment: Experiment, data: Sequence[LocalData], client: nn.Module
         torch.manual_seed(generator(experiment.init_seed, "init", "heads").initial_seed())
         smashed = client.eval()(torch.zeros(1, *data[0].image_shape, device=device))
         client.train()
-        return ManyHeads(server, smashed, len(data)).to(device).train()
+        return fast_layout(ManyHeads(server, smashed, len(data)).to(device).train())
 
 # %% ../nbs/08_sglr.ipynb #127b08eb
 def run_round(
@@ -260,7 +261,7 @@ def run_round(
     config, classes = experiment.algorithm, state.data[0].num_classes
     for s, batches in state.parallel_batches(rnd):
         # 1. Every client's forward pass; smashed data and labels go up.
-        smashed = {i: state.clients[i].model(x) for i, x, _ in batches}
+        smashed = {i: state.clients[i](x) for i, x, _ in batches}
         arrived = [ledger.link(rnd, i).up(smashed=smashed[i], labels=y) for i, _, y in batches]
         # 2. The server joins them, makes one loss, and steps once, at SplitLr's rate.
         at_server, labels = ([*tensors] for tensors in zip(*arrived, strict=True))

@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'ALIGNMENT_COLUMNS', 'evaluate', 'evaluate_mean', 'History', 'DivergedError', 'first_bad_loss',
-           'as_rgb32', 'hold_out', 'prepare', 'client_data', 'train_state', 'train', 'selected']
+           'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Bench', 'round_row', 'alignment_rows', 'train_state',
+           'train', 'selected']
 
 # %% ../nbs/09_training.ipynb #c5940c46
 import math
+import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,9 +24,11 @@ from tqdm import tqdm
 
 from .baselines import BASELINES, cse_fsl_round
 from .config import Experiment
-from .core import choose_device, generator, require
+from .checkpoint import CheckpointError, Progress, load_checkpoint, save_checkpoint
+from .core import arithmetic, choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
-from .federation import Metrics, State
+from .federation import Algorithm, Metrics, State
+from .fleet import clients_in_flight
 from .ledger import Ledger
 from .sage import SAGE
 from .sglr import SGLR
@@ -62,7 +68,7 @@ def evaluate_mean(
 
 # %% ../nbs/09_training.ipynb #cc922e83
 ALIGNMENT_COLUMNS = (
-    "round", "client", "buffer_size", "error_before", "error_after", "cosine_before", "cosine_after",
+    "round", "client", "buffer_size", "passes", "error_before", "error_after", "cosine_before", "cosine_after",
 )  # fmt: skip
 
 
@@ -93,16 +99,17 @@ def first_bad_loss(
     rnd: int,  # round
 ) -> str | None:  # where the first NaN or infinite loss of the round was, if there is one
     "Find the round's first loss that is not finite."
-    finite = torch.stack([loss.value for loss in metrics.losses]).isfinite().tolist()
+    losses = metrics.in_order
+    finite = torch.stack([loss.value for loss in losses]).isfinite().tolist()
     if all(finite):
         return None
-    loss = metrics.losses[finite.index(False)]
+    loss = losses[finite.index(False)]
     whose = f"client {loss.client}" if loss.client >= 0 else "all clients together"
     return f"{loss.at} loss of {whose} is {loss.value.item()} in round {rnd}, local step {loss.step}"
 
 
 def _mean_loss(metrics: Metrics, at: str) -> float:
-    values = [loss.value for loss in metrics.losses if loss.at == at]
+    values = [loss.value for loss in metrics.in_order if loss.at == at]
     return float(torch.stack(values).double().mean()) if values else math.nan
 
 # %% ../nbs/09_training.ipynb #18d286af
@@ -168,62 +175,128 @@ def client_data(
     ]  # fmt: skip
 
 # %% ../nbs/09_training.ipynb #d5e74981
+@dataclass(frozen=True)
+class Bench:
+    "What a run is measured on."
+
+    dataset: Dataset
+    validation: Images | None
+    algorithm: Algorithm
+    criterion: Callable[..., Tensor]  # one of LOSSES
+
+    def accuracies(
+        self,
+        state: State,
+        due: bool,  # whether this round is evaluated
+    ) -> dict[str, float]:  # columns of `History.rounds`
+        "Test and validation results after a round."
+        names = ("test_accuracy", "test_loss") if self.validation is None else ("test_accuracy", "test_loss", "val_accuracy")
+        if not due:
+            return dict.fromkeys(names, math.nan)
+        models = self.algorithm.evaluation_models(state)
+        results = list(evaluate_mean(models, self.dataset.test, self.dataset, self.criterion))
+        if self.validation is not None:
+            results.append(evaluate_mean(models, self.validation, self.dataset)[0])
+        return dict(zip(names, results, strict=True))
+
+# %% ../nbs/09_training.ipynb #8df7fde1
+def round_row(
+    state: State,
+    rnd: int,  # round
+    ledger: Ledger,
+    metrics: Metrics,
+    results: dict[str, float],  # of the evaluation
+) -> dict[str, Any]:  # a row of `History.rounds`
+    "What is kept of a round."
+    return {
+        "round": rnd, **results,
+        "train_loss": _mean_loss(metrics, "server"), "aux_loss": _mean_loss(metrics, "aux"),
+        "paper_bytes": ledger.bytes("paper"), "wire_bytes": ledger.bytes("wire"),
+        "client_lr": state.clients[0].lr, "server_lr": state.servers[0].lr,
+    }  # fmt: skip
+
+
+def alignment_rows(
+    rnd: int,  # round
+    metrics: Metrics,
+) -> list[dict[str, Any]]:  # rows of `History.alignments`
+    "What is kept of a round's alignments, as numbers of the host."
+    whole = ("client", "buffer_size", "passes")
+    numbers = [{name: int(v) if name in whole else float(v) for name, v in row.items()} for row in metrics.alignments]
+    return [{"round": rnd, **row} for row in numbers]
+
+# %% ../nbs/09_training.ipynb #626fbcbe
 def train_state(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     progress: bool = True,  # show a bar with accuracy and GB
+    in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
+    checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
+    checkpoint_seconds: float = 60.0,  # between two checkpoints, at least
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
     dataset, validation = prepare(experiment, choose_device(device), root)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
-    criterion = LOSSES[experiment.algorithm.loss]
-    state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
-    ledger.phase = "round"
-    rows: list[dict[str, Any]] = []
-    alignments: list[dict[str, Any]] = []
+    bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
+    with clients_in_flight(in_flight):
+        state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
+    done = _continued(checkpoint, state, ledger) or Progress(-int(experiment.algorithm.warm_start))
+    ledger.phase, saved = "round", time.monotonic()
 
     def history(stopped: str) -> History:
-        tables = pd.DataFrame(rows), pd.DataFrame(alignments, columns=ALIGNMENT_COLUMNS)
+        tables = pd.DataFrame(done.rounds), pd.DataFrame(done.alignments, columns=ALIGNMENT_COLUMNS)
         return History(experiment, *tables, ledger.totals(), stopped)
 
-    rounds = range(-experiment.algorithm.warm_start, experiment.rounds)
+    rounds = range(done.next_round, experiment.rounds)
     bar = tqdm(rounds, experiment.algorithm.name, unit="round", disable=not progress)
     for rnd in bar:
         run_round = algorithm.run_round if rnd >= 0 else cse_fsl_round
-        metrics = run_round(state, rnd, ledger)
-        models = algorithm.evaluation_models(state)
-        accuracy, loss = evaluate_mean(models, dataset.test, dataset, criterion)
-        val = {} if validation is None else {"val_accuracy": evaluate_mean(models, validation, dataset)[0]}
+        with arithmetic(experiment.precision):
+            metrics = run_round(state, rnd, ledger)
+        spent = bool(experiment.comm_threshold_mb) and ledger.bytes("paper") >= experiment.comm_threshold_mb * 2**20
+        due = spent or rnd == rounds[-1] or (rnd + 1) % experiment.eval_every == 0
+        results = bench.accuracies(state, due)
         bad = first_bad_loss(metrics, rnd)
-        if not math.isfinite(loss):
-            bad = bad or f"test loss is {loss} after round {rnd}"
+        if due and not math.isfinite(results["test_loss"]):
+            bad = bad or f"test loss is {results['test_loss']} after round {rnd}"
         if bad:
             raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help", history("diverged"))
-        rows.append({
-            "round": rnd, "test_accuracy": accuracy, "test_loss": loss, **val,
-            "train_loss": _mean_loss(metrics, "server"), "aux_loss": _mean_loss(metrics, "aux"),
-            "paper_bytes": ledger.bytes("paper"), "wire_bytes": ledger.bytes("wire"),
-            "client_lr": state.clients[0].lr, "server_lr": state.servers[0].lr,
-        })  # fmt: skip
-        numbers = [{name: float(value) for name, value in row.items()} for row in metrics.alignments]
-        alignments += [{"round": rnd, **row, "client": int(row["client"])} for row in numbers]
-        bar.set_postfix(accuracy=f"{accuracy:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")
+        done.rounds.append(round_row(state, rnd, ledger, metrics, results))
+        done.alignments += alignment_rows(rnd, metrics)
+        done.next_round = rnd + 1
+        bar.set_postfix(accuracy=f"{results['test_accuracy']:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")
         for part in state.parts if rnd >= 0 else ():
             part.step_schedule()
-        if experiment.comm_threshold_mb and ledger.bytes("paper") >= experiment.comm_threshold_mb * 2**20:
+        if spent:
             return history("budget"), state
+        if checkpoint and rnd < rounds[-1] and time.monotonic() - saved >= checkpoint_seconds:
+            save_checkpoint(checkpoint, state, ledger, done)
+            saved = time.monotonic()
     return history("rounds"), state
 
-# %% ../nbs/09_training.ipynb #8df7fde1
+
+def _continued(checkpoint: str | Path | None, state: State, ledger: Ledger) -> Progress | None:
+    "The progress in the file, if there is one that can be used; says so if it cannot."
+    if checkpoint is None or not Path(checkpoint).exists():
+        return None
+    try:
+        return load_checkpoint(checkpoint, state, ledger)
+    except CheckpointError as error:
+        warnings.warn(f"{error}: the run begins again", stacklevel=3)
+        return None
+
+# %% ../nbs/09_training.ipynb #5a3c5ddf
 def train(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     progress: bool = True,  # show a bar with accuracy and GB
+    in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
+    checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
 ) -> History:
     "Run `experiment`. `DivergedError` when a loss is not finite, with the history so far."
-    return train_state(experiment, device, root, progress)[0]
+    return train_state(experiment, device, root, progress, in_flight, checkpoint)[0]
 
 # %% ../nbs/09_training.ipynb #09d3211b
 def selected(
