@@ -190,7 +190,7 @@ class Bench:
         due: bool,  # whether this round is evaluated
     ) -> dict[str, float]:  # columns of `History.rounds`
         "Test and validation results after a round."
-        names = ("test_accuracy", "test_loss") if self.validation is None else ("test_accuracy", "test_loss", "val_accuracy")
+        names = ["test_accuracy", "test_loss", "val_accuracy"][: 2 if self.validation is None else 3]
         if not due:
             return dict.fromkeys(names, math.nan)
         models = self.algorithm.evaluation_models(state)
