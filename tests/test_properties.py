@@ -52,7 +52,7 @@ def assert_same(one: torch.nn.Module, other: torch.nn.Module, **tolerance) -> No
     torch.testing.assert_close(one.state_dict(), other.state_dict(), **tolerance)
 
 
-@pytest.mark.parametrize("name", ["simple_conv", "resnet18"])
+@pytest.mark.parametrize("name", ["simple_conv", "resnet18", "resnet50_cifar", "resnet56"])
 def test_split_gradient_is_unsplit_gradient(name):
     split = split_model(name, image_size=32, width=8).double()
     x, y = torch.randn(4, 3, 32, 32, dtype=torch.double), torch.randint(10, (4,))

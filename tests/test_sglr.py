@@ -369,7 +369,7 @@ def test_the_released_codes_drop(epochs, drop):
         ({"algorithm.mixing_mode": "concat_chanels"}, "did you mean 'concat_channels'"),
         ({"algorithm.loss": "bce"}, "algorithm.loss='bce': must be one of cross_entropy, binary_cross_entropy"),
         ({"algorithm.mixing_mode": "pooling", "algorithm.per_client_loss": True}, "algorithm.per_client_loss=True"),
-        ({"algorithm.name": "cse_fsl"}, "model.name='resnet16': must be one of resnet18, simple_conv for 'cse_fsl'"),
+        ({"algorithm.name": "cse_fsl"}, "model.name='resnet16': must be one of resnet18, resnet50, resnet152"),
         ({"algorithm.name": "fsl_sage", "model.name": "alexnet"}, "model.name='alexnet'"),
         ({"dataset.val_size": -1}, "dataset.val_size=-1"),
         ({"model.server.optimizer.scheduler": SchedulerConfig()}, None),
