@@ -453,6 +453,17 @@ def read_all(
     return found
 
 # %% ../nbs/10_runs.ipynb #a4104455
+def _frame(store: Path) -> pd.DataFrame:
+    "All finished runs of a store, a row per run and round, with all fields of the experiments."
+    stored = [run for run in read_all(store) if run.folder.parent == store]
+    problems = [run.problem for run in stored if run.problem] if stored else [f"no runs in {store}"]
+    if problems:
+        raise StoreError(problems[0])
+    fields_of = pd.DataFrame([{"hash": run.history.experiment.hash, **flat(run.history.experiment)} for run in stored])
+    table = tidy([run.history for run in stored])
+    return table.merge(fields_of.drop(columns=["seed", "num_clients"]), on="hash", validate="m:1")
+
+# %% ../nbs/10_runs.ipynb #08740197
 class StoredRuns:
     "Finished runs, each in `<root>/<hash of its experiment>/`. `StoreError` whenever one cannot be read or written."
 
@@ -489,13 +500,7 @@ class StoredRuns:
 
     def frame(self) -> pd.DataFrame:  # columns of `tidy`, then all fields of the experiments by their dotted names
         "All finished runs in one table, one row per run and round. `StoreError` if one of them cannot be used."
-        stored = [run for run in read_all(self.root) if run.folder.parent == self.root]
-        problems = [run.problem for run in stored if run.problem] if stored else [f"no runs in {self.root}"]
-        if problems:
-            raise StoreError(problems[0])
-        fields_of = [{"hash": run.history.experiment.hash, **flat(run.history.experiment)} for run in stored]
-        table = tidy([run.history for run in stored])
-        return table.merge(pd.DataFrame(fields_of).drop(columns=["seed", "num_clients"]), on="hash", validate="m:1")
+        return _frame(self.root)
 
     def export(
         self,
