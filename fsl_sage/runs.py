@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'LABELS', 'checkout', 'store_root', 'provenance', 'about_here',
-           'StoreError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run', 'RunStore', 'label',
-           'tidy']
+           'StoreError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run', 'remove', 'leftovers',
+           'run_lock', 'diverged_before', 'flat', 'Stored', 'read_all', 'StoredRuns', 'default_jobs', 'train_missing',
+           'RunStore', 'label', 'tidy']
 
 # %% ../nbs/10_runs.ipynb #af446223
 import csv
@@ -17,22 +18,27 @@ import re
 import shutil
 import subprocess
 import tempfile
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import fields
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import fsl_sage
-from .config import Experiment
-from .core import choose_device, require
+from .config import Experiment, from_dict
+from .core import atomic_path, choose_device, require
 from .training import DivergedError, History, train
 
 # %% ../nbs/10_runs.ipynb #2e913692
@@ -212,48 +218,69 @@ def _read_json(path: Path, way_out: str) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged ({error}): {way_out}") from error
 
 
+def _read_experiment(folder: Path, experiment: Experiment | None, way_out: str) -> Experiment:
+    "The experiment in `folder`, which must be `experiment`, or what the folder is called."
+    tree = _read_json(folder / "config.json", way_out)
+    name = experiment.hash if experiment else folder.name
+    try:
+        found = experiment or from_dict(tree)
+        if tree == found.to_dict() and found.hash == name:
+            return found
+        why = "a hash in common, a file edited, or a version whose fields mean something else"
+    except ValueError as error:
+        why = f"a version with other fields: {error}"
+    raise StoreError(f"{folder / 'config.json'} describes another experiment than {name} ({why}): {way_out}")
+
+# %% ../nbs/10_runs.ipynb #d5c20c15
+def _read_table(folder: Path, name: str, expected: dict[str, Any], way_out: str) -> pd.DataFrame:
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        raise StoreError(f"{path} is missing: {way_out}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected["sha256"]:
+        raise StoreError(f"{path} is damaged (truncated or edited): {way_out}")
+    return table_from_csv(path, expected["columns"])
+
+
 def read_run(
     folder: Path,
-    experiment: Experiment,  # what the folder must hold
+    experiment: Experiment | None = None,  # what the folder must hold; None: what its name says
 ) -> History:
     "The run in `folder`. `StoreError` if it is damaged, of another format or another experiment's."
     way_out = f"delete the folder {folder} and the run will be trained again"
     about = _read_json(folder / "history.json", way_out)
-    if about.get("format") != STORE_FORMAT:
+    format_, names = about.get("format"), list(about.get("tables") or ())
+    if format_ != STORE_FORMAT or sorted(names) != sorted(TABLES):
         raise StoreError(
-            f"{folder} has store format {about.get('format')!r}, this version of fsl_sage reads {STORE_FORMAT}: "
-            f"use the version that wrote it (see provenance.json there), point FSL_SAGE_RUNS elsewhere, or {way_out}"
+            f"{folder} has store format {format_!r} with tables {', '.join(names)}; this version of fsl_sage reads "
+            f"{STORE_FORMAT} with {', '.join(TABLES)}: use the version that wrote it (see provenance.json there), "
+            f"point FSL_SAGE_RUNS elsewhere, or {way_out}"
         )
-    if _read_json(folder / "config.json", way_out) != experiment.to_dict():
-        raise StoreError(
-            f"{folder / 'config.json'} describes another experiment than {experiment.hash} (a hash in common, a file "
-            f"edited, or a version whose fields mean something else): compare them, then {way_out}"
-        )
-    tables = {}
-    for name in TABLES:
-        path, expected = folder / f"{name}.csv", about["tables"][name]
-        if not path.is_file():
-            raise StoreError(f"{path} is missing: {way_out}")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected["sha256"]:
-            raise StoreError(f"{path} is damaged (truncated or edited): {way_out}")
-        tables[name] = table_from_csv(path, expected["columns"])
-    return History(experiment=experiment, stopped=about["stopped"], **tables)
+    experiment = _read_experiment(folder, experiment, way_out)
+    try:
+        tables = {name: _read_table(folder, name, about["tables"][name], way_out) for name in TABLES}
+        return History(experiment=experiment, stopped=about["stopped"], **tables)
+    except (LookupError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder} is damaged ({error!r}): {way_out}") from error
 
 # %% ../nbs/10_runs.ipynb #68dceec4
+def _not_written(parent: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"runs cannot be stored in {parent} ({error.strerror}): make it a folder that can be written, or point "
+        "FSL_SAGE_RUNS to one"
+    )
+
+
 def _empty_folder(parent: Path, name: str) -> Path:
     "A new hidden folder in `parent`. `StoreError` if there cannot be one."
     try:
         parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
     except OSError as error:
-        raise StoreError(
-            f"runs cannot be stored in {parent} ({error.strerror}): make it a folder that can be written, or point "
-            "FSL_SAGE_RUNS to one"
-        ) from error
+        raise _not_written(parent, error) from error
 
 
 def put_run(
-    folder: Path,  # where the run shall be
+    folder: Path,  # where the run shall be; hold the lock of its name
     history: History,
     made_with: dict[str, Any],  # its provenance
 ) -> None:
@@ -275,31 +302,169 @@ def put_run(
         shutil.rmtree(room, ignore_errors=True)
 
 # %% ../nbs/10_runs.ipynb #9ac267b4
+def remove(path: Path) -> None:
+    "Delete a file or folder, if it is there."
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def leftovers(
+    store: Path,
+    name: str,  # of a run
+) -> list[Path]:
+    "The hidden folders that processes left which were killed while they wrote the run `name`."
+    return [path for parent in (store, store / "diverged") for path in sorted(parent.glob(f".{name}-*"))]
+
+
+@contextmanager
+def run_lock(
+    store: Path,
+    name: str,  # of a run: the hash of its experiment
+    wait: bool = True,  # while another process holds it
+) -> Iterator[bool]:  # whether it is ours: always, if we wait
+    "Within the block nobody else trains or writes the run `name`. `StoreError` if there can be no lock."
+    lock, held = FileLock(store / "locks" / f"{name}.lock"), True
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        if held := wait:
+            tqdm.write(f"run {name} is being made by another process: waiting for it", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise _not_written(store, error) from error
+    try:
+        for folder in leftovers(store, name) if held else ():
+            remove(folder)
+        yield held
+    finally:
+        if held:
+            with suppress(OSError):  # where an open file cannot be deleted it stays
+                os.unlink(lock.lock_file)
+            lock.release()
+
+# %% ../nbs/10_runs.ipynb #38b1a975
+def diverged_before(
+    folder: Path,  # in `diverged/`
+    experiment: Experiment,
+) -> DivergedError:
+    "What happened to the run put aside in `folder`, as an error to raise."
+    history = read_run(folder, experiment)
+    what = _read_json(folder / "provenance.json", f"delete the folder {folder}").get("error", "the run has diverged")
+    return DivergedError(f"{what} (its rounds are in {folder}; delete that folder to try again)", history)
+
+# %% ../nbs/10_runs.ipynb #c0d9520b
+@contextmanager
+def _one_thread(device: str | torch.device) -> Iterator[None]:
+    "One thread within the block, if `device` is a CPU."
+    threads = torch.get_num_threads()
+    if choose_device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+# %% ../nbs/10_runs.ipynb #eb7e348e
 def _train_and_put(
     experiment: Experiment,
     store: Path,  # root of the store
     device: str | torch.device,
     root: str | None,  # folder with data sets
     progress: bool,
-) -> None:
-    "Train `experiment` and store the run; `DivergedError` says where the rounds before are."
-    start = time.perf_counter()
+    wait: bool = True,  # while another process is at it
+) -> bool:  # False: another process is at it
+    "Train `experiment` and store the run, unless it is there. `DivergedError` says where the rounds before are."
+    with run_lock(store, experiment.hash, wait) as held, _one_thread(device):
+        folder, aside = store / experiment.hash, store / "diverged" / experiment.hash
+        if not held or folder.exists():
+            return held
+        if aside.exists():
+            raise diverged_before(aside, experiment)
+        checkpoint = store / "progress" / experiment.hash  # what a killed run goes on from, once `train` takes it
+        start, place, note = time.perf_counter(), folder, {}
+        try:
+            history = train(experiment, device, root, progress)
+        except DivergedError as error:
+            history, place, note = error.history, aside, {"error": str(error)}
+        put_run(place, history, provenance(device, time.perf_counter() - start) | note)
+        remove(checkpoint)
+        if note:
+            raise diverged_before(aside, experiment)
+    return True
+
+# %% ../nbs/10_runs.ipynb #4dab5fee
+def _attempt(
+    experiment: Experiment,
+    *others: Any,  # as for `_train_and_put`
+) -> tuple[Experiment, bool, Exception | None]:  # the experiment; whether it is done with; what went wrong
+    "`_train_and_put` with its error as a value."
     try:
-        history = train(experiment, device, root, progress)
-    except DivergedError as error:
-        aside = store / "diverged" / experiment.hash
-        shutil.rmtree(aside, ignore_errors=True)
-        put_run(aside, error.history, provenance(device, time.perf_counter() - start))
-        raise DivergedError(f"{error} (its rounds so far are in {aside})", error.history) from error
-    put_run(store / experiment.hash, history, provenance(device, time.perf_counter() - start))
+        return experiment, _train_and_put(experiment, *others), None
+    except Exception as error:
+        if parent_process():
+            error.add_note(traceback.format_exc())
+        return experiment, True, error
 
-# %% ../nbs/10_runs.ipynb #38b1a975
-def _cores() -> int:
-    "Processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# %% ../nbs/10_runs.ipynb #82b1a26d
+def flat(
+    experiment: Experiment,
+) -> dict[str, Any]:  # "algorithm.align_interval": 10, …; lists as text
+    "The experiment's fields by their dotted names."
 
-# %% ../nbs/10_runs.ipynb #c0d9520b
-class RunStore:
+    def walk(tree: dict[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{above}{name}.")
+            else:
+                yield above + name, json.dumps(value) if isinstance(value, list) else value
+
+    return dict(walk(experiment.to_dict(), ""))
+
+# %% ../nbs/10_runs.ipynb #9b5208c5
+@dataclass(frozen=True)
+class Stored:
+    "A folder of the store, read as far as it can be."
+
+    folder: Path
+    history: History | None  # None: it cannot be used
+    made_with: dict[str, Any]  # its provenance; empty if that cannot be read
+    problem: str = ""  # why it cannot be used, and the way out
+
+
+def read_all(
+    store: Path,  # root of the store
+) -> list[Stored]:
+    "All runs of a store, the diverged ones last, whether they can be used or not."
+    parents = [parent for parent in (store, store / "diverged") if parent.is_dir()]
+    found = []
+    for folder in (path for parent in parents for path in sorted(parent.iterdir())):
+        if folder.is_dir() and re.fullmatch("[0-9a-f]{16}", folder.name):
+            try:
+                made_with = _read_json(folder / "provenance.json", "")
+            except StoreError:
+                made_with = {}
+            try:
+                found.append(Stored(folder, read_run(folder), made_with))
+            except StoreError as error:
+                found.append(Stored(folder, None, made_with, str(error)))
+    return found
+
+# %% ../nbs/10_runs.ipynb #a4104455
+def _frame(store: Path) -> pd.DataFrame:
+    "All finished runs of a store, a row per run and round, with all fields of the experiments."
+    stored = [run for run in read_all(store) if run.folder.parent == store]
+    problems = [run.problem for run in stored if run.problem] if stored else [f"no runs in {store}"]
+    if problems:
+        raise StoreError(problems[0])
+    fields_of = pd.DataFrame([{"hash": run.history.experiment.hash, **flat(run.history.experiment)} for run in stored])
+    table = tidy([run.history for run in stored])
+    return table.merge(fields_of.drop(columns=["seed", "num_clients"]), on="hash", validate="m:1")
+
+# %% ../nbs/10_runs.ipynb #08740197
+class StoredRuns:
     "Finished runs, each in `<root>/<hash of its experiment>/`. `StoreError` whenever one cannot be read or written."
 
     def __init__(self, root: str | Path | None = None):  # None: FSL_SAGE_RUNS, else runs/ of the checkout or here
@@ -333,6 +498,94 @@ class RunStore:
         made = [_read_json(self.folder(run) / "provenance.json", "delete the folder") for run in experiments]
         return _about(made, [run.seed for run in experiments], [run.hash for run in experiments])
 
+    def frame(self) -> pd.DataFrame:  # columns of `tidy`, then all fields of the experiments by their dotted names
+        "All finished runs in one table, one row per run and round. `StoreError` if one of them cannot be used."
+        return _frame(self.root)
+
+    def export(
+        self,
+        path: str | Path,  # a file whose name ends in .parquet
+    ) -> int:  # rows
+        "Write `frame()` as a Parquet file."
+        require(Path(path).suffix == ".parquet", "path", str(path), "a file whose name ends in .parquet")
+        table = self.frame()
+        with atomic_path(path) as temporary:
+            table.to_parquet(temporary, engine="pyarrow", index=False)
+        return len(table)
+
+# %% ../nbs/10_runs.ipynb #92ae504e
+def _cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_jobs(
+    device: str | torch.device,  # what is computed on
+) -> int:
+    "Processes at a time: one a core on a CPU, else one."
+    return _cores() if choose_device(device).type == "cpu" else 1
+
+# %% ../nbs/10_runs.ipynb #11484b71
+def _train_all(
+    missing: list[Experiment],
+    store: Path,  # root of the store
+    device: str | torch.device,
+    root: str | None,  # folder with data sets
+    progress: bool,
+    jobs: int,  # runs at a time
+) -> dict[Experiment, Exception]:  # those that failed
+    "Train all of `missing`: first what nobody is at, then what other processes were at."
+    failed: dict[Experiment, Exception] = {}
+    jobs = min(jobs, len(missing))
+    with tqdm(total=len(missing), desc="runs", unit="run", disable=not progress) as bar:
+        for wait in (False, True):
+            busy = []
+            work = (delayed(_attempt)(run, store, device, root, progress and jobs == 1, wait) for run in missing)
+            for experiment, done, error in Parallel(jobs, batch_size=1, return_as="generator_unordered")(work):
+                busy += [] if done else [experiment]
+                if error:
+                    failed[experiment] = error
+                    bar.set_postfix(failed=len(failed))
+                bar.update(done)
+            missing = busy
+    return failed
+
+
+def train_missing(
+    store: Path,  # root of the store
+    experiments: Iterable[Experiment],
+    device: str | torch.device = "auto",
+    root: str | None = None,  # folder with data sets
+    progress: bool = True,  # show bars
+    jobs: int | None = None,  # runs at a time; None: `default_jobs`
+) -> dict[Experiment, Exception]:  # those that failed, and why
+    "Train what is missing of `experiments`, each stored as it finishes."
+    missing, failed = [], {}
+    for experiment in dict.fromkeys(experiments):
+        try:
+            missing += [experiment] if StoredRuns(store).find(experiment) is None else []
+        except StoreError as error:
+            failed[experiment] = error
+    if missing:
+        shutil.rmtree(_empty_folder(store, "try"), ignore_errors=True)
+        failed |= _train_all(missing, store, device, root, progress, jobs or default_jobs(device))
+    return failed
+
+# %% ../nbs/10_runs.ipynb #004c1094
+def _set_aside(store: Path, name: str) -> bool:
+    "Move the run `name`, finished or diverged, to `replaced/`; forget how far an unfinished one is. Was there a run?"
+    with run_lock(store, name):
+        there = [folder for folder in (store / name, store / "diverged" / name) if folder.exists()]
+        for folder in there:
+            (store / "replaced").mkdir(exist_ok=True)
+            folder.rename(store / "replaced" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+        remove(store / "progress" / name)
+    return bool(there)
+
+# %% ../nbs/10_runs.ipynb #db0c3163
+class RunStore(StoredRuns):
+    "`StoredRuns` that more can be added to: `get` trains what is missing."
+
     def save(
         self,
         history: History,  # of a run that did not diverge
@@ -341,8 +594,11 @@ class RunStore:
     ) -> Path:  # the run's folder
         "Store a finished run. A run of the same experiment that is there already stays."
         require(history.stopped != "diverged", "history.stopped", history.stopped, "'rounds' or 'budget'")
-        put_run(self.folder(history.experiment), history, provenance(device, wall_seconds))
-        return self.folder(history.experiment)
+        folder = self.folder(history.experiment)
+        if not folder.exists():
+            with run_lock(self.root, folder.name):
+                put_run(folder, history, provenance(device, wall_seconds))
+        return folder
 
     def get(
         self,
@@ -352,16 +608,23 @@ class RunStore:
         progress: bool = True,  # show bars
         jobs: int | None = None,  # runs at a time, each in a process of its own; None: one a core on a CPU, else one
     ) -> list[History]:  # one an experiment, in their order
-        "The runs of `experiments`; those that are missing are trained, and stored one by one as they finish."
-        missing = [experiment for experiment in dict.fromkeys(experiments) if self.find(experiment) is None]
-        if missing:
-            shutil.rmtree(_empty_folder(self.root, "try"))
-        jobs = min(jobs or (_cores() if choose_device(device).type == "cpu" else 1), max(1, len(missing)))
-        work = (delayed(_train_and_put)(run, self.root, device, root, progress and jobs == 1) for run in missing)
-        finished = Parallel(jobs, return_as="generator_unordered")(work)
-        for _ in tqdm(finished, "runs", total=len(missing), unit="run", disable=not (progress and missing)):
-            pass
-        return [self.find(experiment) for experiment in experiments]
+        "The runs of `experiments`; what is missing is trained. Should one fail, the others are stored all the same."
+        histories = [self.find(experiment) for experiment in experiments]  # a damaged run is reported first
+        if any(history is None for history in histories):
+            failed = list(train_missing(self.root, experiments, device, root, progress, jobs).values())
+            if len(failed) > 1:
+                failed[0].add_note(f"{len(failed) - 1} more of {len(experiments)} runs failed; the others are stored")
+            for error in failed:
+                raise error
+            histories = [self.find(experiment) for experiment in experiments]
+        return histories
+
+    def set_aside(
+        self,
+        experiments: Iterable[Experiment],
+    ) -> int:  # how many of them were there
+        "Move runs to `<root>/replaced/<hash>-<time>`, so that they are trained again. Nothing is deleted."
+        return sum(_set_aside(self.root, experiment.hash) for experiment in dict.fromkeys(experiments))
 
 # %% ../nbs/10_runs.ipynb #dde52c93
 LABELS = {

@@ -1,19 +1,24 @@
 """The store between processes: killed, racing, not allowed to write, pointed elsewhere."""
 
+import json
 import multiprocessing
 import os
 import signal
+import sys
 from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 from fsl_sage import runs
 from fsl_sage.config import preset
 from fsl_sage.runs import TABLES, RunStore, StoreError
+from fsl_sage.runs_cli import prune
 from fsl_sage.training import History
 
 EXPERIMENT = preset("smoke", "fed_avg")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 
 
 @pytest.fixture
@@ -48,10 +53,10 @@ def test_what_csv_cannot_hold_is_refused_and_leaves_nothing(history, tmp_path):
     odd = replace(history, rounds=pd.DataFrame({"round": [0], "who": [(1, 2)]}))
     with pytest.raises(StoreError, match="'rounds'"):
         RunStore(tmp_path).save(odd, 1.0, "cpu")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["locks"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+@posix
 @pytest.mark.parametrize("files", range(1, 2 * len(TABLES) + 1))
 def test_a_process_killed_while_saving_leaves_no_run(history, tmp_path, monkeypatch, files):
     write, written = runs._write, []
@@ -67,7 +72,10 @@ def test_a_process_killed_while_saving_leaves_no_run(history, tmp_path, monkeypa
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert any(tmp_path.iterdir()) and RunStore(tmp_path).find(EXPERIMENT) is None
+    assert runs.leftovers(tmp_path, EXPERIMENT.hash) and RunStore(tmp_path).find(EXPERIMENT) is None
+    monkeypatch.undo()
+    RunStore(tmp_path).save(history, 1.0, "cpu")  # the lock is free, and what was left goes
+    assert not runs.leftovers(tmp_path, EXPERIMENT.hash)
 
 
 def test_of_two_that_finish_the_same_run_the_first_stays(history, tmp_path):
@@ -128,3 +136,153 @@ def test_where_the_store_is(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = another\n")
     monkeypatch.delenv("FSL_SAGE_RUNS")
     assert RunStore().root.resolve() == inside.resolve() / "runs"
+
+
+def in_another_process(work, *args):
+    "Start `work` in a forked process."
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def get(store, experiments):
+    return RunStore(store).get(experiments, "cpu", progress=False, jobs=1)
+
+
+def held_up(history, started, go_on):
+    "A `train` that says which seed it was asked for, waits for a word from that seed's `go_on`, and returns `history`."
+
+    def train(experiment, *_):
+        started.send(experiment.seed)
+        go_on[experiment.seed].recv()
+        return replace(history, experiment=experiment)
+
+    return train
+
+
+@posix
+def test_two_processes_that_want_a_run_train_it_once(history, tmp_path, monkeypatch):
+    (said, started), other = multiprocessing.Pipe(False), EXPERIMENT.replace(seed=7)
+    pipes = {experiment.seed: multiprocessing.Pipe(False) for experiment in (EXPERIMENT, other)}
+    go_on = {seed: reader for seed, (reader, _) in pipes.items()}
+    monkeypatch.setattr(runs, "train", held_up(history, started, go_on))
+    first = in_another_process(get, tmp_path, [EXPERIMENT])
+    assert said.recv() == EXPERIMENT.seed  # the first has the lock and trains
+    second = in_another_process(get, tmp_path, [EXPERIMENT, other])
+    assert said.recv() == 7  # the second does not wait while there is something else to do
+    for _, word in pipes.values():
+        word.send("go on")
+    for process in (first, second):
+        process.join(60)
+        assert process.exitcode == 0
+    assert not said.poll()  # nobody was asked for anything again
+    assert_same(RunStore(tmp_path).find(EXPERIMENT), history)
+    assert RunStore(tmp_path).find(other) and not list((tmp_path / "locks").iterdir())
+
+
+@posix
+def test_who_waits_says_so_once_and_takes_over_from_the_killed(history, tmp_path, monkeypatch):
+    (said, started), (go_on, word), (read, write) = multiprocessing.Pipe(False), multiprocessing.Pipe(False), os.pipe()
+    monkeypatch.setattr(runs, "train", held_up(history, started, {EXPERIMENT.seed: go_on}))
+    owner = in_another_process(get, tmp_path, [EXPERIMENT])
+    said.recv()
+    (tmp_path / f".{EXPERIMENT.hash}-half").mkdir()  # as if the owner were writing
+
+    def wait_for_it():
+        os.dup2(write, 2)
+        monkeypatch.setattr(sys, "stderr", os.fdopen(2, "w", buffering=1))
+        get(tmp_path, [EXPERIMENT])
+
+    waiting = in_another_process(wait_for_it)
+    os.close(write)
+    with os.fdopen(read) as words:
+        assert "waiting for it" in words.readline() and not said.poll()
+        os.kill(owner.pid, signal.SIGKILL)
+        assert said.recv() == EXPERIMENT.seed  # the second trains it now
+        assert not list(tmp_path.glob(".*"))  # what the first left is gone
+        word.send("go on")
+        waiting.join(60)
+        assert waiting.exitcode == 0 and "waiting" not in words.read()
+    owner.join()
+    assert_same(RunStore(tmp_path).find(EXPERIMENT), history)
+
+
+@posix
+def test_a_folder_that_is_being_written_is_left_alone(history, tmp_path, monkeypatch):
+    (said, started), (go_on, word) = multiprocessing.Pipe(False), multiprocessing.Pipe(False)
+    write = runs._write
+
+    def slow_write(path, text):
+        if path.name == "history.json":
+            started.send(1)
+            go_on.recv()
+        write(path, text)
+
+    monkeypatch.setattr(runs, "_write", slow_write)
+    writer = in_another_process(RunStore(tmp_path).save, history, 1.0, "cpu")
+    said.recv()
+    assert "nothing to delete" in prune(tmp_path, yes=True) and len(runs.leftovers(tmp_path, EXPERIMENT.hash)) == 1
+    with runs.run_lock(tmp_path, EXPERIMENT.hash, wait=False) as held:
+        assert not held
+    word.send("go on")
+    writer.join(60)
+    assert writer.exitcode == 0
+    assert_same(RunStore(tmp_path).find(EXPERIMENT), history)
+
+
+def test_one_that_fails_does_not_stop_the_others_in_other_processes(tmp_path):
+    tiny = {"rounds": 1, "num_clients": 2, "dataset.max_train": 20, "dataset.max_test": 10}
+    fine = preset("smoke", "fed_avg", **tiny)
+    nowhere = fine.replace(**{"dataset.name": "nowhere"})
+    with pytest.raises(ValueError, match="nowhere") as caught:
+        RunStore(tmp_path).get([nowhere, fine], "cpu", progress=False, jobs=2)
+    assert "_train_and_put" in "".join(caught.value.__notes__)  # where it was in the other process
+    assert RunStore(tmp_path).find(fine)
+
+
+def test_a_run_has_one_thread_however_many_are_trained(tmp_path, monkeypatch, history):
+    monkeypatch.setattr(runs, "train", lambda experiment, *_: replace(history, experiment=experiment))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        get(tmp_path, [EXPERIMENT])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((tmp_path / EXPERIMENT.hash / "provenance.json").read_text())["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("history.json", '"format": 1', '"format": 2', "format 2"),
+        ("history.json", '"ledger": {', '"log": {', "tables rounds, alignments, log"),
+        ("history.json", '"stopped"', '"ended"', "damaged"),
+        ("config.json", '"rounds": 3', '"rounds": 3, "mood": "good"', "mood"),
+        ("config.json", '"num_clients"', '"n_clients"', "n_clients"),
+    ],
+)
+def test_a_run_of_another_version_is_refused_and_can_be_pruned(history, tmp_path, file, old, new, words):
+    path = RunStore(tmp_path).save(history, 1.0, "cpu") / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(StoreError):
+        RunStore(tmp_path).find(EXPERIMENT)
+    (stored,) = runs.read_all(tmp_path)
+    assert stored.history is None and words in stored.problem
+    assert EXPERIMENT.hash in prune(tmp_path, yes=False) and path.exists()
+    prune(tmp_path, yes=True)
+    assert not path.exists() and RunStore(tmp_path).find(EXPERIMENT) is None
+
+
+def test_progress_of_a_run_goes_when_it_is_stored_or_set_aside(history, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "train", lambda experiment, *_: replace(history, experiment=experiment))
+    store, progress = RunStore(tmp_path), tmp_path / "progress" / EXPERIMENT.hash
+    for work in (lambda: get(tmp_path, [EXPERIMENT]), lambda: store.set_aside([EXPERIMENT])):
+        progress.mkdir(parents=True)
+        (progress / "state.json").write_text("{}")
+        assert "nothing to delete" in prune(tmp_path, yes=True)  # it will be continued
+        work()
+        assert not progress.exists()
+    assert [path.name[:16] for path in (tmp_path / "replaced").iterdir()] == [EXPERIMENT.hash]
