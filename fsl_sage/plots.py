@@ -40,6 +40,7 @@ AXES = {
     "train_loss": "training loss",
     "epoch": "epoch",
     "num_clients": "clients",
+    "dirichlet_alpha": "Dirichlet α",
 }
 
 # %% ../nbs/11_plots.ipynb #ecff052b
