@@ -149,6 +149,15 @@ class State:
             yield s, [(i, *batch[1:]) for i, batch in enumerate(batches) if batch is not None]
 
 # %% ../nbs/05b_federation.ipynb #ceb03049
+def _trains_on_one(model: nn.Module, shape: tuple[int, int, int]) -> bool:
+    "Whether a batch of one sample can be trained on: BatchNorm refuses one whose layers end at 1 × 1 pixel."
+    try:
+        deepcopy(model).to("meta").train()(torch.zeros(1, *shape, device="meta"))
+    except ValueError:
+        return False
+    return True
+
+
 def init_parts(
     experiment: Experiment,
     data: Sequence[LocalData],  # one a client
@@ -157,21 +166,21 @@ def init_parts(
 ) -> dict[str, Any]:  # fields of State
     "Fresh models and optimisers for a server and its clients. `ValueError` if batches and network do not fit."
     model, device = experiment.model, next(data[0].batches(0, 0))[0].device
-    for i, local in enumerate(data):
-        short = len(local) % model.client.batch_size == 1
-        fine = f"such that no client's last batch has 1 sample (client {i} has {len(local)}): BatchNorm needs 2"
-        shrinks = model.name == "resnet18" and local.image_shape[1] <= 32  # to 1 × 1 pixel; the others keep more
-        require(not short or not shrinks, "model.client.batch_size", model.client.batch_size, fine)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(experiment.init_seed, "init").initial_seed())
         channels, height, _ = data[0].image_shape
         split = split_model(model.name, channels, data[0].num_classes, height, model.width)
         aux = auxiliary_model(model.name, split, model.auxiliary.size) if auxiliary else None
+    for i, local in enumerate(data):
+        alone = len(local) % model.client.batch_size == 1
+        fine = f"such that no client's last batch has 1 sample (client {i} has {len(local)}): BatchNorm needs 2"
+        fits = not alone or _trains_on_one(split, local.image_shape)
+        require(fits, "model.client.batch_size", model.client.batch_size, fine)
+    fast_layout(nn.ModuleList([split, aux] if auxiliary else [split]))  # all in the same
 
     def copies(module: nn.Module, config: OptimizerConfig, n: int) -> Sequence[Part]:
         def make() -> Part:
-            model = fast_layout(deepcopy(module).to(device).train())
-            return make_part(model, config, experiment.rounds, experiment.precision)
+            return make_part(deepcopy(module).to(device).train(), config, experiment.rounds, experiment.precision)
 
         return one_part_each(make, n)
 

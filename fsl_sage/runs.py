@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'LABELS', 'checkout', 'store_root', 'provenance', 'about_here',
-           'StoreError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run', 'remove', 'leftovers',
-           'run_lock', 'diverged_before', 'flat', 'Stored', 'read_all', 'StoredRuns', 'default_jobs', 'train_missing',
-           'RunStore', 'label', 'tidy']
+           'StoreError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run', 'remove',
+           'checkpoint_of', 'leftovers', 'run_lock', 'diverged_before', 'flat', 'Stored', 'read_all', 'StoredRuns',
+           'default_jobs', 'train_missing', 'RunStore', 'label', 'tidy']
 
 # %% ../nbs/10_runs.ipynb #af446223
 import csv
@@ -310,12 +310,21 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def checkpoint_of(
+    store: Path,
+    name: str,  # of a run
+) -> Path:
+    "Where an unfinished run leaves what it can go on from."
+    return store / "progress" / f"{name}.safetensors"
+
+
 def leftovers(
     store: Path,
     name: str,  # of a run
 ) -> list[Path]:
-    "The hidden folders that processes left which were killed while they wrote the run `name`."
-    return [path for parent in (store, store / "diverged") for path in sorted(parent.glob(f".{name}-*"))]
+    "What processes left behind that were killed while they wrote the run `name`, or its checkpoint."
+    parents = store, store / "diverged", store / "progress"
+    return [path for parent in parents for path in sorted(parent.glob(f".{name}-*"))]
 
 
 @contextmanager
@@ -383,15 +392,16 @@ def _train_and_put(
             return held
         if aside.exists():
             raise diverged_before(aside, experiment)
-        checkpoint = store / "progress" / experiment.hash  # what a killed run goes on from, once `train` takes it
-        start, place, note = time.perf_counter(), folder, {}
+        checkpoint, start = checkpoint_of(store, experiment.hash), time.perf_counter()
+        notes, place = ({"resumed": True} if checkpoint.exists() else {}), folder
         try:
-            history = train(experiment, device, root, progress)
+            history = train(experiment, device, root, progress, checkpoint=checkpoint)
         except DivergedError as error:
-            history, place, note = error.history, aside, {"error": str(error)}
-        put_run(place, history, provenance(device, time.perf_counter() - start) | note)
+            history, place = error.history, aside
+            notes |= {"error": str(error)}
+        put_run(place, history, provenance(device, time.perf_counter() - start) | notes)
         remove(checkpoint)
-        if note:
+        if place == aside:
             raise diverged_before(aside, experiment)
     return True
 
@@ -579,7 +589,7 @@ def _set_aside(store: Path, name: str) -> bool:
         for folder in there:
             (store / "replaced").mkdir(exist_ok=True)
             folder.rename(store / "replaced" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
-        remove(store / "progress" / name)
+        remove(checkpoint_of(store, name))
     return bool(there)
 
 # %% ../nbs/10_runs.ipynb #db0c3163

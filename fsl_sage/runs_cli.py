@@ -16,7 +16,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from .core import require
-from .runs import RunStore, Stored, StoreError, flat, label, read_all, remove, run_lock
+from .runs import RunStore, Stored, StoreError, checkpoint_of, flat, label, read_all, remove, run_lock
 
 # %% ../nbs/17b_runs_cli.ipynb #509383c2
 def overview(
@@ -134,11 +134,11 @@ def prunable(
     ]
     held = {lock.stem for lock in (store / "locks").glob("*.lock") if _is_held(lock)}
     found = [(path, why) for path, why in found if path.name not in held]
-    for parent in (store, store / "diverged"):
+    for parent in (store, store / "diverged", store / "progress"):
         hidden = [path for path in sorted(parent.glob(".*-*")) if re.match(r"\.([0-9a-f]{16}|try)-", path.name)]
         found += [(path, "left by a killed process") for path in hidden if path.name[1:17] not in held]
-    done = [path for path in sorted((store / "progress").glob("*")) if (store / path.name).exists()]
-    found += [(path, "progress of a run that is finished") for path in done if path.name not in held]
+    done = [path for path in sorted((store / "progress").glob("[!.]*")) if (store / path.stem).exists()]
+    found += [(path, "checkpoint of a run that is finished") for path in done if path.stem not in held]
     locks = [path for path in sorted((store / "locks").glob("*.lock")) if path.stem not in held]
     return found + [(path, "lock that nobody holds") for path in locks]
 

@@ -100,10 +100,10 @@ class SplitModel(nn.Module):
 def fast_layout(
     model: nn.Module,  # changed in place
 ) -> nn.Module:
-    "`model` with its convolutions' weights channels last, if all of them have 8 output channels or more."
+    "`model` with its convolutions' weights channels last, unless PyTorch could crash on one of them."
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    wide = all(layer.out_channels >= 8 for layer in convolutions)
-    return model.to(memory_format=torch.channels_last) if wide else model
+    unsafe = [c for c in convolutions if c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 8]
+    return model if unsafe else model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/03_split.ipynb #ce7c2f9b
 @dataclass

@@ -233,7 +233,7 @@ def train_state(
     progress: bool = True,  # show a bar with accuracy and GB
     in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
     checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
-    checkpoint_seconds: float = 60.0,  # between two checkpoints, at least
+    checkpoint_seconds: float = 10.0,  # between two checkpoints, at least; longer where writing one takes long
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
     dataset, validation = prepare(experiment, choose_device(device), root)
@@ -242,7 +242,7 @@ def train_state(
     with clients_in_flight(in_flight):
         state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
     done = _continued(checkpoint, state, ledger) or Progress(-int(experiment.algorithm.warm_start))
-    ledger.phase, saved = "round", time.monotonic()
+    ledger.phase, saved, pause = "round", time.monotonic(), checkpoint_seconds
 
     def history(stopped: str) -> History:
         tables = pd.DataFrame(done.rounds), pd.DataFrame(done.alignments, columns=ALIGNMENT_COLUMNS)
@@ -270,9 +270,11 @@ def train_state(
             part.step_schedule()
         if spent:
             return history("budget"), state
-        if checkpoint and rnd < rounds[-1] and time.monotonic() - saved >= checkpoint_seconds:
+        if checkpoint and rnd < rounds[-1] and time.monotonic() - saved >= pause:
+            start = time.monotonic()
             save_checkpoint(checkpoint, state, ledger, done)
             saved = time.monotonic()
+            pause = max(checkpoint_seconds, 50 * (saved - start))  # at most 2 % of the time goes into checkpoints
     return history("rounds"), state
 
 

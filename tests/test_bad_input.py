@@ -66,7 +66,7 @@ CALLS = [
     (lambda: choose_device("gpu"), "device='gpu'"),
     (lambda: generator(-1), "seed=-1"),
     (lambda: weighted_average([{}], [0.5]), "1 in all"),
-    (lambda: weighted_average([{}], [1.0, 0.0]), "one a model"),
+    (lambda: weighted_average([{}], [1.0, 0.0]), "as many numbers as there are models"),
     (lambda: AlignmentBuffer(0), "max_dataset_size=0"),
     (lambda: split_model("resnet18", num_classes=0), "num_classes=0"),
     (lambda: split_model("simple_conv", image_size=4), "image_size=4"),

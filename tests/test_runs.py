@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
+import time
 from dataclasses import replace
 
 import pandas as pd
@@ -13,9 +15,9 @@ import torch
 
 from fsl_sage import runs
 from fsl_sage.config import preset
-from fsl_sage.runs import TABLES, RunStore, StoreError
+from fsl_sage.runs import TABLES, RunStore, StoreError, checkpoint_of
 from fsl_sage.runs_cli import prune
-from fsl_sage.training import History
+from fsl_sage.training import History, train_state
 
 EXPERIMENT = preset("smoke", "fed_avg")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
@@ -152,7 +154,7 @@ def get(store, experiments):
 def held_up(history, started, go_on):
     "A `train` that says which seed it was asked for, waits for a word from that seed's `go_on`, and returns `history`."
 
-    def train(experiment, *_):
+    def train(experiment, *_, **__):
         started.send(experiment.seed)
         go_on[experiment.seed].recv()
         return replace(history, experiment=experiment)
@@ -241,7 +243,7 @@ def test_one_that_fails_does_not_stop_the_others_in_other_processes(tmp_path):
 
 
 def test_a_run_has_one_thread_however_many_are_trained(tmp_path, monkeypatch, history):
-    monkeypatch.setattr(runs, "train", lambda experiment, *_: replace(history, experiment=experiment))
+    monkeypatch.setattr(runs, "train", lambda experiment, *_, **__: replace(history, experiment=experiment))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -276,13 +278,43 @@ def test_a_run_of_another_version_is_refused_and_can_be_pruned(history, tmp_path
     assert not path.exists() and RunStore(tmp_path).find(EXPERIMENT) is None
 
 
-def test_progress_of_a_run_goes_when_it_is_stored_or_set_aside(history, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "train", lambda experiment, *_: replace(history, experiment=experiment))
-    store, progress = RunStore(tmp_path), tmp_path / "progress" / EXPERIMENT.hash
+def test_checkpoint_of_a_run_goes_when_it_is_stored_or_set_aside(history, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "train", lambda experiment, *_, **__: replace(history, experiment=experiment))
+    store, checkpoint = RunStore(tmp_path), checkpoint_of(tmp_path, EXPERIMENT.hash)
     for work in (lambda: get(tmp_path, [EXPERIMENT]), lambda: store.set_aside([EXPERIMENT])):
-        progress.mkdir(parents=True)
-        (progress / "state.json").write_text("{}")
-        assert "nothing to delete" in prune(tmp_path, yes=True)  # it will be continued
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.write_text("{}")
+        stored = store.find(EXPERIMENT) is not None
+        said = prune(tmp_path, yes=False)
+        assert "checkpoint of a run that is finished" in said if stored else "nothing to delete" in said
         work()
-        assert not progress.exists()
+        assert not checkpoint.exists()
     assert [path.name[:16] for path in (tmp_path / "replaced").iterdir()] == [EXPERIMENT.hash]
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["fsl_sage", "sl_multi_server"])
+def test_killed_ten_times_the_history_is_the_same_to_the_byte(algorithm, tmp_path, monkeypatch):
+    def train(experiment, device, root, progress, checkpoint):
+        return train_state(experiment, device, root, progress, checkpoint=checkpoint, checkpoint_seconds=0)[0]
+
+    monkeypatch.setattr(runs, "train", train)
+    own = {"algorithm.align_interval": 3, "algorithm.align_epochs": 3} if algorithm == "fsl_sage" else {}
+    run = preset("smoke", algorithm, rounds=20, **{"dataset.max_train": 200, "dataset.max_test": 20}, **own)
+    get(tmp_path / "warm", [run])
+    start, whole, parts = time.perf_counter(), tmp_path / "whole", tmp_path / "parts"
+    get(whole, [run])
+    seconds, moments, went_on = time.perf_counter() - start, random.Random(0), 0
+    for _ in range(10):
+        process = in_another_process(get, parts, [run])
+        process.join(moments.uniform(0.05, 0.3) * seconds)
+        process.kill()
+        process.join()
+        went_on += checkpoint_of(parts, run.hash).exists()
+    get(parts, [run])
+    assert went_on and not list((parts / "progress").iterdir())
+    files = sorted(path.name for path in (whole / run.hash).iterdir())
+    different = [f for f in files if (whole / run.hash / f).read_bytes() != (parts / run.hash / f).read_bytes()]
+    assert different == ["provenance.json"]
+    assert json.loads((parts / run.hash / "provenance.json").read_text())["resumed"] is True
