@@ -26,6 +26,7 @@ from joblib import Parallel, delayed
 import fsl_sage
 from .config import PRESETS, Experiment
 from .core import choose_device, one_of, require
+from .report import build_report
 from .runs import RunStore, StoreError, checkout, default_jobs, label, train_missing
 
 # %% ../nbs/18_reproduce.ipynb #bad19721
@@ -322,7 +323,13 @@ def _run(
     given |= {name: _value(text) for name, text in args.parameters}
     for name in {"runs_root", "data_root"} & set(given):
         given[name] = given[name] and str(Path(given[name]).expanduser().absolute())
-    return 0 if reproduce(notebooks, given, args.seeds, args.jobs, args.force) else 1
+    made = reproduce(notebooks, given, args.seeds, args.jobs, args.force)
+    try:
+        print(f"all figures and claims on one page: {os.path.relpath(build_report(gallery, folder))}")
+    except ValueError as error:  # the pictures are there all the same
+        print(f"no page with all figures: {error}", file=sys.stderr)
+        return 1
+    return 0 if made else 1
 
 # %% ../nbs/18_reproduce.ipynb #341f5cfb
 def main(
