@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from joblib import Parallel, delayed
+from joblib import delayed
 from torch import Tensor, nn
 
 from .config import Experiment
 from .core import choose_device, generator, require
 from .data import Images, normalise
+from .runs import side_by_side
 from .training import History, prepare, train_state
 
 # %% ../nbs/14b_leakage.ipynb #5577a1f5
@@ -152,4 +153,5 @@ def measure_all(
 ) -> list[Leakage]:  # one an experiment
     "`measure_leakage` of several experiments, side by side."
     jobs = min(jobs, len(experiments)) if choose_device(device).type == "cpu" else 1
-    return Parallel(jobs)(delayed(measure_leakage)(experiment, device, **options) for experiment in experiments)
+    work = (delayed(measure_leakage)(experiment, device, **options) for experiment in experiments)
+    return list(side_by_side(work, jobs, return_as="generator"))

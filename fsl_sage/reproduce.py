@@ -21,13 +21,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
+from joblib import delayed
 
 import fsl_sage
 from .config import PRESETS, Experiment
 from .core import choose_device, one_of, require
 from .report import build_report
-from .runs import RunStore, StoreError, checkout, default_jobs, label, train_missing
+from .runs import RunStore, StoreError, checkout, default_jobs, label, side_by_side, train_missing
 
 # %% ../nbs/18_reproduce.ipynb #bad19721
 def figure_notebooks(
@@ -214,8 +214,7 @@ def execute_all(
     "Execute the notebooks, `jobs` at a time."
     work = (delayed(execute)(figure, environment) for figure in figures)
     # A pool of one would be this process; only as many as are dispatched beforehand are at work at a time.
-    pool = Parallel(max(2, jobs), pre_dispatch=jobs, batch_size=1, return_as="generator_unordered")
-    yield from pool(work)
+    yield from side_by_side(work, max(2, jobs), pre_dispatch=jobs)
 
 
 def summary(

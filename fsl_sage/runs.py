@@ -6,7 +6,7 @@
 __all__ = ['VERSIONS', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'LABELS', 'checkout', 'store_root', 'provenance', 'about_here',
            'StoreError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run', 'remove',
            'checkpoint_of', 'leftovers', 'run_lock', 'diverged_before', 'flat', 'Stored', 'read_all', 'StoredRuns',
-           'default_jobs', 'train_missing', 'RunStore', 'label', 'tidy']
+           'default_jobs', 'side_by_side', 'train_missing', 'RunStore', 'label', 'tidy']
 
 # %% ../nbs/10_runs.ipynb #af446223
 import csv
@@ -34,6 +34,7 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 import fsl_sage
@@ -535,6 +536,19 @@ def default_jobs(
     "Processes at a time: one a core on a CPU, else one."
     return _cores() if choose_device(device).type == "cpu" else 1
 
+
+def side_by_side(
+    work: Iterable[tuple],  # joblib's `delayed` calls
+    jobs: int,  # processes; with 1 the work is done in this one
+    **options: Any,  # of joblib's `Parallel`
+) -> Iterator[Any]:  # what they return, as they finish; with `return_as="generator"` in their order
+    "Do the work in processes that end with it; joblib's own would stay for minutes, each with all of PyTorch."
+    try:
+        yield from Parallel(jobs, **({"batch_size": 1, "return_as": "generator_unordered"} | options))(work)
+    finally:
+        if jobs > 1:
+            get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
 # %% ../nbs/10_runs.ipynb #11484b71
 def _train_all(
     missing: list[Experiment],
@@ -551,7 +565,7 @@ def _train_all(
         for wait in (False, True):
             busy = []
             work = (delayed(_attempt)(run, store, device, root, progress and jobs == 1, wait) for run in missing)
-            for experiment, done, error in Parallel(jobs, batch_size=1, return_as="generator_unordered")(work):
+            for experiment, done, error in side_by_side(work, jobs):
                 busy += [] if done else [experiment]
                 if error:
                     failed[experiment] = error
