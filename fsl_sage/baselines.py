@@ -176,9 +176,12 @@ def ssl_round(
 ) -> Metrics:
     "One client after another, each with the model that the one before has left (SGLR, baselines)."
     metrics, (server,), criterion = Metrics(), state.servers, LOSSES[state.experiment.algorithm.loss]
-    for i, client in enumerate(state.clients):
-        link, predecessor = ledger.link(rnd, i), state.clients[i - 1]  # the first goes on from the last
-        client.model.load_state_dict(link.down(client_model=predecessor.model))
+    for i in range(len(state.clients)):
+        link = ledger.link(rnd, i)
+        arrived = link.down(client_model=state.clients[i - 1].model)  # the first goes on from the last
+        model = {name: tensor.clone() for name, tensor in arrived.items()}  # this client may take the other's place
+        client = state.clients[i]
+        client.model.load_state_dict(model)
         for s, x, y in state.batches(i, rnd):
             smashed = client(x)
             at_server, labels = link.up(smashed=smashed, labels=y)

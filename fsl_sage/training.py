@@ -233,7 +233,7 @@ def train_state(
     progress: bool = True,  # show a bar with accuracy and GB
     in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
     checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
-    checkpoint_seconds: float = 10.0,  # between two checkpoints, at least; longer where writing one takes long
+    checkpoint_seconds: float = 10.0,  # between two checkpoints, more where writing takes long; 0: each round
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
     dataset, validation = prepare(experiment, choose_device(device), root)
@@ -274,7 +274,8 @@ def train_state(
             start = time.monotonic()
             save_checkpoint(checkpoint, state, ledger, done)
             saved = time.monotonic()
-            pause = max(checkpoint_seconds, 50 * (saved - start))  # at most 2 % of the time goes into checkpoints
+            if checkpoint_seconds:  # at most 2 % of the time goes into checkpoints
+                pause = max(checkpoint_seconds, 50 * (saved - start))
     return history("rounds"), state
 
 
