@@ -4,19 +4,22 @@
 PRESET = quick
 DEVICE = auto
 ONLY =
+BENCH =
 PYTHON = python3
 
 BIN = .venv/bin
 READY = .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab clean
+.PHONY: help figures test bench lab clean
 
 help:
 	@echo 'make figures   regenerate the figures into figures/gallery'
 	@echo '               PRESET=quick (smoke: does it run? | paper: the published settings, for a GPU)'
 	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)'
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
+	@echo 'make bench     time every round against bare compute; table and picture into benchmarks/results/'
+	@echo '               DEVICE=auto   BENCH="--precision bf16 --threads 2" (benchmarks/bench.py --help lists all)'
 	@echo 'make lab       JupyterLab on the notebooks'
 	@echo 'make clean     remove .venv, caches and executed notebooks; finished runs (runs/) and the gallery stay'
 	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
@@ -33,9 +36,12 @@ figures: $(READY)
 
 # One thread a process: there are as many notebooks at work as there are cores. The last line is pytest's.
 test: $(READY)
-	$(BIN)/ruff check fsl_sage nbs figures tests
+	$(BIN)/ruff check fsl_sage nbs figures tests benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(BENCH)
 
 lab: $(READY)
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs

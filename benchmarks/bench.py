@@ -295,7 +295,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--many-width", type=int, default=16, help="of the network there")
     add("--in-flight", type=int, default=4, help="clients on the device at a time there")
     add("--matrix", type=int, default=2048, help="rows and columns of the ceiling's matrices")
-    add("--out", type=Path, default=HERE, help="folder for bench.csv, clients.csv, bench.png")
+    add("--out", type=Path, default=HERE / "results", help="folder for bench.csv, clients.csv, bench.png")
     return parser.parse_args(argv)
 
 
