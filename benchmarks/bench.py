@@ -26,7 +26,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from fsl_sage.auxiliary import estimate_cut_grad, true_cut_grad
@@ -43,6 +44,7 @@ from fsl_sage.training import ALGORITHMS
 
 HERE = Path(__file__).parent
 WHOLE = ("centralised", "fed_avg", "sl_single_server", "sl_multi_server", "ssl")  # one batch after another
+DEFAULT = ("fed_avg", "sl_multi_server", "sl_single_server", "cse_fsl", "fsl_sage", "psl", "sglr")
 JOINT = ("psl", "sfl", "sglr")  # one server batch of all clients
 ROUNDS = 2  # in a unit of measurement: the first of them aligns FSL-SAGE's auxiliary models
 
@@ -148,6 +150,18 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of products and convolutions; `FlopCounterMode` knows no `autograd.grad`."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if count := flop_registry.get(operation._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 class Peak:
     """The most memory in use: of the GPU, or of this process less the files that are mapped into it."""
 
@@ -203,7 +217,7 @@ def measure(algorithm: str, args: argparse.Namespace, device: torch.device, most
     samples = args.batches * args.batch_size
     state, bare = (federation(experiment, samples, device) for _ in range(2))
     batches = [[list(local.batches(rnd)) for local in bare.data] for rnd in range(ROUNDS)]
-    with FlopCounterMode(display=False) as counter:  # counts, and warms up
+    with Flops() as counter:  # and warms up
         bare_compute(bare, batches, backward)
     run_rounds(state, 1)
     times: dict[str, list[float]] = {"round": [], "backward": [], "step": []}
@@ -213,7 +227,7 @@ def measure(algorithm: str, args: argparse.Namespace, device: torch.device, most
             times["round"].append(seconds(partial(run_rounds, state)))
             times["step"].append(seconds(partial(bare_compute, bare, batches, step)))
     ratios = [a / b for a, b in zip(times["round"], times["backward"], strict=True)]
-    rate = counter.get_total_flops() / statistics.median(times["round"])
+    rate = counter.total / statistics.median(times["round"])
     return {
         "algorithm": algorithm, "label": label(experiment), "ratio": round(statistics.median(ratios), 3),
         "ratio_least": round(min(ratios), 3), "ratio_most": round(max(ratios), 3),
@@ -286,11 +300,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="cores, on a CPU: for the yardstick's kernels, for the round's clients")
     add("--clients", type=int, default=2, help="clients of a round")
     add("--batches", type=int, default=2, help="batches a client")
-    add("--batch-size", type=int, default=128, help="samples")
-    add("--width", type=int, default=64, help="of the network; 64 as published")
-    add("--passes", type=int, default=20, help="of FSL-SAGE's alignment; 100 as published")
+    add("--batch-size", type=int, default=64, help="samples")
+    add("--width", type=int, default=32, help="of the network; 64 as published")
+    add("--passes", type=int, default=10, help="of FSL-SAGE's alignment; 100 as published")
     add("--repeats", type=int, default=3, help="how often each is timed")
-    add("--only", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS), help="algorithms")
+    add("--only", nargs="+", default=list(DEFAULT), choices=list(ALGORITHMS), help="algorithms")
     add("--many", nargs="*", type=int, default=[10, 100, 1000], help="numbers of clients of the second table")
     add("--many-width", type=int, default=16, help="of the network there")
     add("--in-flight", type=int, default=4, help="clients on the device at a time there")
@@ -312,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(words, flush=True)
     rows = [measure(name, args, device, most) for name in tqdm(args.only, "algorithms", leave=False)]
-    print(table(rows), flush=True)
+    print(table(rows), flush=True)  # at once: the second table takes a while
     many = [many_clients(n, args, device) for n in tqdm(args.many, "many clients", leave=False)]
     print(table(many) if many else "")
     where = {"device": made["device_name"], "threads": args.threads, "precision": args.precision}

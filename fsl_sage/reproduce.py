@@ -96,7 +96,7 @@ def this_python_as_kernel(
 
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["--IPKernelApp.log_level=ERROR"]
+        quiet = ["--IPKernelApp.log_level=CRITICAL"]
         write_kernel_spec(Path(folder) / "kernels" / "python3", {"env": dict(environment)}, extra_arguments=quiet)
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, before] if before else [folder])
         try:
