@@ -1,0 +1,211 @@
+"""Any network, cut anywhere: both halves together are the whole, to the bit."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.models as zoo
+from torch import nn
+
+from fsl_sage.split import SplitModel, cut_layers
+
+
+class Own(nn.Module):
+    """A user's network: sizes asked of the input, dropout as a function, a layer with two outputs, in-place steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gru = nn.Conv2d(3, 8, 4, 4), nn.GRU(8, 8, batch_first=True)
+        self.body, self.fc = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)), nn.Linear(8, 5)
+
+    def forward(self, x):
+        n, _, height, width = x.shape
+        x = F.dropout(self.embed(x), 0.3, self.training)
+        x = x.permute(0, 2, 3, 1).reshape(n, (height // 4) * (width // 4), 8)
+        x = self.body(self.gru(x)[0])
+        x *= 0.5
+        return self.fc(F.dropout(x.mean(1), p=0.5, training=self.training))
+
+
+NETWORKS = {
+    "resnet18": (zoo.resnet18, ["relu", "layer1.0", "layer2"]),
+    "resnet50": (zoo.resnet50, ["bn1", "layer3.2"]),
+    "mobilenet_v3_small": (zoo.mobilenet_v3_small, ["features.1", "features.4", "classifier.0"]),
+    "efficientnet_b0": (zoo.efficientnet_b0, ["features.0.0", "features.3"]),
+    "vgg11": (zoo.vgg11, ["features.0", "features.7"]),
+    "densenet121": (zoo.densenet121, ["features.transition1.norm", "features"]),
+    "vit_b_16": (partial(zoo.vit_b_16, image_size=32), ["conv_proj", "encoder.layers.encoder_layer_3"]),
+    "convnext_tiny": (zoo.convnext_tiny, ["features.0", "features.3"]),
+    "own": (Own, ["embed", "gru", "body"]),
+}
+IMAGES = {"own": torch.Size([3, 3, 16, 16])}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request):
+    """Its name, the network, its cuts and a batch."""
+    build, cuts = NETWORKS[request.param]
+    torch.manual_seed(0)
+    with torch.random.fork_rng():
+        return request.param, build(), cuts, torch.randn(IMAGES.get(request.param, (2, 3, 32, 32)))
+
+
+def gradients(module, backward) -> dict[str, torch.Tensor]:
+    """Of all parameters by name."""
+    module.zero_grad()
+    torch.manual_seed(1)  # dropout and stochastic depth draw the same
+    backward()
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def statistics(module) -> dict[str, torch.Tensor]:
+    """BatchNorm's."""
+    return {name: tensor.clone() for name, tensor in module.named_buffers()}
+
+
+def test_halves_are_the_whole(network):
+    _, module, cuts, x = network
+    for training in True, False:
+        module.train(training)
+        fresh = statistics(module)
+
+        def restore(fresh=fresh):
+            module.load_state_dict({**module.state_dict(), **fresh})
+
+        def whole():
+            outputs.append(module(x))
+            outputs[0].square().sum().backward()
+
+        outputs = []
+        expected, moved = gradients(module, whole), statistics(module)
+        for at in cuts:
+            restore()
+            split = SplitModel.cut(module, at, x)
+            split.train(training)
+
+            def halves(split=split):
+                smashed = split.client(x)
+                at_server = smashed.detach().requires_grad_()
+                outputs.append(split.server(at_server))
+                outputs[-1].square().sum().backward()
+                smashed.backward(at_server.grad)
+
+            found = gradients(module, halves)
+            assert torch.equal(outputs[0], outputs[-1]), (at, training)
+            assert not [name for name, grad in expected.items() if not torch.equal(grad, found[name])], (at, training)
+            assert not [name for name, tensor in statistics(module).items() if not torch.equal(tensor, moved[name])]
+
+
+def test_names_are_the_networks(network):
+    """Each parameter is in one half, under its own name and as the same object; other batch sizes do."""
+    _, module, cuts, x = network
+    own = dict(module.named_parameters())
+    for at in cuts:
+        split = SplitModel.cut(module, at, x)
+        client, server = dict(split.client.named_parameters()), dict(split.server.named_parameters())
+        assert client and server and not set(client) & set(server)
+        assert own.keys() == client.keys() | server.keys()
+        assert all(own[name] is parameter for name, parameter in {**client, **server}.items())
+        assert module.state_dict().keys() == split.client.state_dict().keys() | split.server.state_dict().keys()
+        with torch.no_grad():
+            assert torch.equal(split.eval()(x[:1]), module.eval()(x[:1]))
+
+
+def test_every_listed_cut_can_be_made(network):
+    name, module, cuts, x = network
+    found = cut_layers(module)
+    for at in found:
+        SplitModel.cut(module, at, x if name == "own" or at == "conv_proj" else None)  # sizes cross
+    assert {at for at in cuts if at != "gru"} <= set(found), found
+
+
+@pytest.mark.parametrize(
+    ("build", "at", "crossing"),
+    [
+        (zoo.resnet18, "layer1.0.conv1", ["maxpool", "layer1.0.conv1"]),
+        (zoo.densenet121, "features.denseblock1.denselayer2", ["features.pool0", "features.denseblock1.denselayer1"]),
+        (partial(zoo.vit_b_16, image_size=32), "encoder.layers.encoder_layer_0.ln_1", ["encoder.dropout"]),
+    ],
+)
+def test_what_crosses_is_named(build, at, crossing):
+    with torch.device("meta"):
+        module = build()
+    with pytest.raises(ValueError, match="one tensor crosses") as error:
+        SplitModel.cut(module, at)
+    assert [name for name in crossing if f"'{name}'" not in str(error.value)] == []
+
+
+def test_sizes_that_cross_need_an_example():
+    with pytest.raises(ValueError, match=r"sizes cross it \(\['getitem', 'floordiv', 'floordiv_1'\]\)"):
+        SplitModel.cut(Own(), "embed")
+
+
+def test_modes_of_single_layers_stay():
+    module = zoo.resnet18().train()
+    module.bn1.eval()
+    SplitModel.cut(module, "layer2", torch.randn(2, 3, 32, 32))
+    assert module.training and not module.bn1.training and module.layer1.training
+
+
+def test_halves_can_be_copied():
+    module, x = Own().eval(), torch.randn(3, 3, 16, 16)
+    split = SplitModel.cut(module, "embed", x)
+    copy = deepcopy(split)
+    assert torch.equal(copy(x), module(x)) and torch.equal(copy(x[:2]), module(x[:2]))
+    assert not torch.equal(copy.train()(x), copy(x))
+
+
+class Shared(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
+        self.tied = tied
+        if tied:
+            self.three.weight = self.one.weight
+
+    def forward(self, x):
+        x = self.two(self.one(x))
+        return self.three(x) if self.tied else self.one(x)
+
+
+class TwoPaths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.one(x)
+        return self.two(x) if self.training else self.two(x) * 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_layer_on_both_sides_is_refused(tied):
+    with pytest.raises(ValueError, match=r"no layer below is used again; here .*weight"):
+        SplitModel.cut(Shared(tied), "two")
+    assert cut_layers(Shared(tied)) == []
+
+
+def test_another_path_in_training_is_refused():
+    with pytest.raises(ValueError, match="same path in training and evaluation; or give its stages"):
+        SplitModel.cut(TwoPaths(), "one")
+
+
+def test_stages_that_are_not_the_network():
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 4)
+    with pytest.raises(ValueError, match="same output as the whole"):
+        SplitModel.cut(module, "0", x, stages=["0", "2"])
+    with pytest.raises(ValueError, match="stages='3': must be one of 0, 1, 2"):
+        SplitModel.cut(module, "0", x, stages=["0", "3"])
+    with pytest.raises(ValueError, match=r"stages: the network cannot take a tensor of shape \(2, 4\)"):
+        SplitModel.cut(module, "0", x, stages=["0", "2", "2"])
+    with pytest.raises(ValueError, match="that the forward pass calls"):
+        SplitModel.cut(module, "1", x, stages=["0", F.relu, "2"])
+
+
+def test_another_image_size_than_the_example():
+    """Sizes other than the batch's are those of the example."""
+    split = SplitModel.cut(Own().eval(), "embed", torch.randn(2, 3, 16, 16))
+    with pytest.raises(RuntimeError):
+        split(torch.randn(2, 3, 32, 32))
