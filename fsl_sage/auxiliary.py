@@ -132,7 +132,7 @@ def _with_head(features: nn.Module | None, smashed: Tensor, num_classes: int) ->
 def auxiliary_for(
     split: SplitModel,
     example_input: Tensor,  # (2 or more, …): images for the client
-    budget_mb: float = 8.0,  # MiB the auxiliary model may have, buffers counted
+    budget_mb: float = 8.5,  # MiB the auxiliary model may have, buffers counted
 ) -> nn.Module:  # smashed data to logits
     "The largest prefix of the server that fits, with pooling and a linear layer. `ValueError` if nothing fits."
     smashed, budget = evaluated(split.client, example_input), budget_mb * 2**20

@@ -229,16 +229,17 @@ class SplitModel(nn.Module):
         cls,
         module: nn.Module,  # the whole network
         at: str,  # name of the last layer of the client, as in `module.named_modules()`
-        example_input: Tensor | None = None,  # checked if given: both halves give what the whole network gives
+        example_input: Tensor | None = None,  # if given: the halves must give what the whole gives (not on meta)
         stages: Sequence[str | Callable[[Tensor], Tensor]] | None = None,  # what it calls; None: torch.fx finds out
     ) -> "SplitModel":  # shares its parameters with `module`, under the same names
         "Cut `module` after layer `at`. `ValueError` if there is no such layer or more than one tensor would cross."
         require(isinstance(module, nn.Module), "module", module, "a torch.nn.Module")
         one_of("at", at, [name for name, _ in module.named_modules() if name])
         graph = _trace(module, at) if stages is None else _chain(module, stages)
-        whole = None if example_input is None else evaluated(module, example_input)
+        compare = example_input is not None and not (isinstance(example_input, Tensor) and example_input.is_meta)
+        whole = evaluated(module, example_input) if compare else None
         split = cls(*_halves(module, graph, at, example_input))
-        if whole is not None and not whole.is_meta:
+        if compare:
             field = "example_input" if stages is None else "stages"
             same = torch.equal(evaluated(split, example_input, field), whole)
             require(same, "at", at, "a layer at which both halves give the same output as the whole")
