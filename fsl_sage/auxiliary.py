@@ -135,8 +135,10 @@ def auxiliary_for(
     budget_mb: float = 8.5,  # MiB the auxiliary model may have, buffers counted
 ) -> nn.Module:  # smashed data to logits
     "The largest prefix of the server that fits, with pooling and a linear layer. `ValueError` if nothing fits."
+    require(isinstance(split, SplitModel), "split", type(split).__name__, "a SplitModel, as `SplitModel.cut` makes it")
     smashed, budget = evaluated(split.client, example_input), budget_mb * 2**20
     num_classes = evaluated(split.server, smashed).shape[-1]
+    require(len(smashed) > 1, "example_input", tuple(example_input.shape), "2 samples or more: BatchNorm needs them")
     whole = sum(1 for _ in split.server.parameters())
 
     def prefix(at: str) -> nn.Module:
@@ -182,7 +184,8 @@ class AlignmentBuffer:
         self,
         max_size: int = 1000,  # samples
     ):
-        require(max_size >= 1, "algorithm.max_dataset_size", max_size, "at least 1")
+        whole = isinstance(max_size, int) and max_size >= 1
+        require(whole, "algorithm.max_dataset_size", max_size, "a whole number, at least 1")
         self.max_size = max_size
         self.smashed: Tensor | None = None  # (samples, …)
         self.labels: Tensor | None = None  # (samples,)
@@ -196,6 +199,7 @@ class AlignmentBuffer:
         labels: Tensor,  # (batch,)
     ) -> None:
         "Append a batch and forget the oldest samples beyond `max_size`."
+        require(len(smashed) == len(labels), "labels", len(labels), f"as many as there are samples ({len(smashed)})")
         if len(self):
             smashed, labels = torch.cat([self.smashed, smashed]), torch.cat([self.labels, labels])
         self.smashed, self.labels = smashed[-self.max_size :], labels[-self.max_size :]
@@ -214,6 +218,7 @@ def align(
     tolerance: float = 0.0,  # stop when ten passes lower the error by a smaller part than this, in [0, 1); 0: never
 ) -> int:  # passes made
     "Teach `aux` the server's gradient at the cut (FSL-SAGE, step 3)."
+    require(len(buffer) > 0, "buffer", len(buffer), "filled with one sample at least")
     whole, errors, before = batch_size >= len(buffer), [], math.inf
     for epoch in range(1, epochs + 1):
         batches = [slice(None)] if whole else torch.randperm(len(buffer), generator=generator).split(batch_size)

@@ -101,6 +101,9 @@ def weighted_average(
         both = state is not None and weight is not None
         require(both, "weights", list(weights), "as many numbers as there are models")
         kinds = {name: entry.dtype for name, entry in state.items()}
+        different = [name for name in state if i and (name not in total or total[name].shape != state[name].shape)]
+        alike = not different and (not i or len(state) == len(total))
+        require(alike, "states", different, "models with the same names and shapes")
         for name, entry in state.items():
             total[name] = total[name] + entry * weight if i else entry * weight
     return {name: t if t.dtype == kinds[name] else t.round().to(kinds[name]) for name, t in total.items()}
@@ -114,7 +117,11 @@ def as_tensors(
         return {"": value}
     if isinstance(value, nn.Module):
         return value.state_dict()
-    return dict(value) if isinstance(value, dict) else {str(i): tensor for i, tensor in enumerate(value)}
+    fine = "a model, its state dict, a tensor or several"
+    require(isinstance(value, Iterable), "value", type(value).__name__, fine)
+    tensors = dict(value) if isinstance(value, dict) else {str(i): tensor for i, tensor in enumerate(value)}
+    require(all(isinstance(tensor, Tensor) for tensor in tensors.values()), "value", type(value).__name__, fine)
+    return tensors
 
 
 def tensor_bytes(

@@ -103,7 +103,9 @@ def explore(
 ) -> pd.DataFrame:  # a row a cut: parameters of both halves, `client_costs`, `bytes_per_round`
     "What each cut costs. `ValueError` if there is none, or the network does not take the shape."
     require(isinstance(module, nn.Module), "module", module, "a torch.nn.Module")
-    require(samples >= 1, "samples", samples, "at least 1")
+    require(isinstance(samples, int) and samples >= 1, "samples", samples, "a whole number, at least 1")
+    whole = isinstance(input_shape, tuple | list) and all(isinstance(n, int) and n >= 1 for n in input_shape)
+    require(whole, "input_shape", input_shape, "the sizes of one sample, as (3, 32, 32)")
     require(aux_mb >= 0, "aux_mb", aux_mb, "0 MiB or more")
     names = cut_layers(module)
     require(len(names) > 0, "module", type(module).__name__, "a network that torch.fx can follow, of several layers")

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .core import as_tensors, one_of, tensor_bytes
+from .core import as_tensors, one_of, require, tensor_bytes
 
 # %% ../nbs/02_ledger.ipynb #7d34cccb
 KINDS = (
@@ -67,6 +67,7 @@ class Link:
 
     def _send(self, direction: str, message: dict) -> dict | Tensor | tuple:
         named = {}
+        require(len(message) > 0, "message", message, "of one tensor or model at least, by kind")
         for kind, value in message.items():
             one_of("kind", kind, KINDS[:-1])
             tensors = as_tensors(value)

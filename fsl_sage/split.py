@@ -235,11 +235,14 @@ class SplitModel(nn.Module):
         "Cut `module` after layer `at`. `ValueError` if there is no such layer or more than one tensor would cross."
         require(isinstance(module, nn.Module), "module", module, "a torch.nn.Module")
         one_of("at", at, [name for name, _ in module.named_modules() if name])
+        require(not isinstance(stages, str), "stages", stages, "a list of layers' names and functions")
         graph = _trace(module, at) if stages is None else _chain(module, stages)
         compare = example_input is not None and not (isinstance(example_input, Tensor) and example_input.is_meta)
         whole = evaluated(module, example_input) if compare else None
         split = cls(*_halves(module, graph, at, example_input))
         if compare:
+            finite = bool(whole.isfinite().all())
+            require(finite, "example_input", tuple(example_input.shape), "numbers that the network makes finite ones of")
             field = "example_input" if stages is None else "stages"
             same = torch.equal(evaluated(split, example_input, field), whole)
             require(same, "at", at, "a layer at which both halves give the same output as the whole")
@@ -265,6 +268,7 @@ def cut_layers(
     module: nn.Module,  # the whole network
 ) -> list[str]:  # in the order of the forward pass; none if torch.fx cannot follow it
     "Every layer that `SplitModel.cut` takes and that leaves the server something to do."
+    require(isinstance(module, nn.Module), "module", module, "a torch.nn.Module")
     try:
         graph = _trace(module, "")
     except ValueError:
@@ -611,6 +615,6 @@ def split_model(
     "The network called `name`, freshly initialised and cut where its paper cuts it."
     network = MODELS[one_of("model.name", name, MODELS)]
     for field, value in {"in_channels": in_channels, "num_classes": num_classes, "model.width": width}.items():
-        require(value >= 1, field, value, "at least 1")
-    require(image_size >= 8, "image_size", image_size, "at least 8 pixels")
+        require(isinstance(value, int) and value >= 1, field, value, "a whole number, at least 1")
+    require(isinstance(image_size, int) and image_size >= 8, "image_size", image_size, "at least 8 pixels")
     return SplitModel.cut(network.build(in_channels, num_classes, image_size, width), network.cut_layer)

@@ -1,13 +1,23 @@
 """What a user may get wrong: each is answered by an error that names the field, the value and the way out."""
 
+import errno
+import os
+
+import numpy as np
 import pytest
 import torch
 
-from fsl_sage.auxiliary import AlignmentBuffer, auxiliary_model
+from fsl_sage.auxiliary import AlignmentBuffer, align, auxiliary_for, auxiliary_model
+from fsl_sage.claims import published
 from fsl_sage.config import Experiment, from_dict, preset
-from fsl_sage.core import choose_device, generator, weighted_average
-from fsl_sage.ledger import Ledger
-from fsl_sage.split import SplitModel, split_model
+from fsl_sage.core import choose_device, generator, tensor_bytes, weighted_average
+from fsl_sage.data import load, partition
+from fsl_sage.explore import explore
+from fsl_sage.leakage import distance_correlation, ssim
+from fsl_sage.ledger import Ledger, table6_bytes
+from fsl_sage.runs import RunStore, StoreError, tidy
+from fsl_sage.sglr import epsilon
+from fsl_sage.split import SplitModel, cut_layers, split_model
 from fsl_sage.training import DivergedError, train
 
 FIELDS = [
@@ -81,7 +91,68 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "says"), CALLS, ids=[says for _, says in CALLS])
+NAN, TWO = float("nan"), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+LABELS, IMAGES = torch.arange(10) % 2, torch.zeros(2, 3, 32, 32)
+CALLS += [
+    (lambda: Experiment().replace(**{"model.client.optimizer.lr": NAN}), "lr=nan"),
+    (lambda: Experiment().replace(**{"model.client.optimizer.weight_decay": NAN}), "weight_decay=nan"),
+    (lambda: Experiment().replace(comm_threshold_mb=NAN), "comm_threshold_mb=nan"),
+    (lambda: Experiment().replace(**{"algorithm.server_update_interval": 2.5}), "server_update_interval=2.5"),
+    (lambda: preset("smoke", "fslsage"), "did you mean 'fsl_sage'"),
+    (lambda: preset("smoke", round=3), "did you mean 'rounds'"),
+    (lambda: train(preset("smoke"), "tpu", progress=False), "device='tpu'"),
+    (lambda: train(preset("smoke"), "cpu", progress=False, in_flight=0), "in_flight=0"),
+    (lambda: SplitModel.cut("resnet18", "layer2"), "module='resnet18'"),
+    (lambda: SplitModel.cut(TWO, 0), "did you mean '0'"),
+    (lambda: SplitModel.cut(TWO, None), "at=None"),
+    (lambda: SplitModel.cut(TWO, "0", np.zeros((2, 2))), "example_input='ndarray'"),
+    (lambda: SplitModel.cut(TWO, "0", torch.zeros(2, 3)), "cannot take a tensor of shape (2, 3)"),
+    (lambda: SplitModel.cut(TWO, "0", torch.full((2, 2), NAN)), "numbers that the network makes finite ones of"),
+    (lambda: SplitModel.cut(TWO, "0", stages="01"), "stages='01'"),
+    (lambda: SplitModel.cut(TWO, "0", stages=["0", 3]), "stages=3"),
+    (lambda: cut_layers("resnet18"), "module='resnet18'"),
+    (lambda: split_model("resnet19"), "did you mean 'resnet18'"),
+    (lambda: split_model("resnet18", num_classes=2.5), "num_classes=2.5"),
+    (lambda: split_model("resnet18", image_size="32"), "image_size='32'"),
+    (lambda: auxiliary_for(TWO, IMAGES), "split='Sequential'"),
+    (lambda: auxiliary_for(split_model("resnet18", width=4), IMAGES[:1]), "2 samples or more"),
+    (lambda: auxiliary_for(split_model("resnet18", width=4), IMAGES[:, :1]), "shape (2, 1, 32, 32)"),
+    (lambda: auxiliary_for(split_model("resnet18", width=4), IMAGES, 0), "budget_mb=0"),
+    (lambda: auxiliary_for(split_model("resnet18", width=4), IMAGES, NAN), "budget_mb=nan"),
+    (lambda: auxiliary_model("alexnet", split_model("resnet18", width=4)), "model.name='alexnet'"),
+    (lambda: AlignmentBuffer(2.5), "max_dataset_size=2.5"),
+    (lambda: AlignmentBuffer(3).add(torch.zeros(3, 2), torch.zeros(2)), "labels=2"),
+    (lambda: align(None, AlignmentBuffer(3), torch.zeros(0), 1, 1), "buffer=0"),
+    (lambda: weighted_average([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}], [0.5, 0.5]), "states=['b']"),
+    (lambda: weighted_average([{"a": torch.zeros(1)}, {}], [0.5, 0.5]), "the same names and shapes"),
+    (lambda: weighted_average([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], [0.5, 0.5]), "states=['a']"),
+    (lambda: weighted_average([{}], [NAN]), "weights=[nan]"),
+    (lambda: weighted_average([{}, {}], [1.5, -0.5]), "weights=[1.5, -0.5]"),
+    (lambda: weighted_average([], []), "weights=[]"),
+    (lambda: generator(1.5), "seed=1.5"),
+    (lambda: tensor_bytes("resnet18"), "value='str'"),
+    (lambda: tensor_bytes(3), "value='int'"),
+    (lambda: Ledger().link(0, 0).up(), "message={}"),
+    (lambda: Ledger().link(0, 0).up(smashed="x"), "value='str'"),
+    (lambda: table6_bytes("FLX", 3), "did you mean 'FL'"),
+    (lambda: explore(TWO, 2), "input_shape=2"),
+    (lambda: explore(TWO, (2,), samples=2.5), "samples=2.5"),
+    (lambda: load("cifar12"), "dataset.name='cifar12'"),
+    (lambda: load("fmnist_mini", max_train=0), "max_train=0"),
+    (lambda: partition(LABELS, 0), "num_clients=0"),
+    (lambda: partition(LABELS, 11), "num_clients=11"),
+    (lambda: partition(LABELS[:0], 2), "num_clients=2"),
+    (lambda: partition(LABELS, 2, "niid"), "did you mean 'iid'"),
+    (lambda: partition(LABELS, 2, "noniid_dirichlet", alpha=NAN), "alpha=nan"),
+    (lambda: tidy([]), "histories=[]"),
+    (lambda: published("fig99"), "paper='fig99'"),
+    (lambda: epsilon(1.0, 0, 1e-5), "releases=0"),
+    (lambda: ssim(IMAGES[:, :, :8], IMAGES), "11 × 11 pixels"),
+    (lambda: distance_correlation(torch.zeros(2, 3), torch.zeros(3, 3)), "as many samples"),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), CALLS, ids=[f"{i}-{says}" for i, (_, says) in enumerate(CALLS)])
 def test_calls(call, says):
     with pytest.raises(ValueError) as error:
         call()
@@ -125,3 +196,48 @@ def test_divergence_names_the_step_and_keeps_the_history(algorithm, monkeypatch)
     with pytest.raises(DivergedError, match=r"loss of client 0 is nan in round 1, local step \d") as error:
         train(experiment, "cpu", progress=False)
     assert error.value.history.rounds.equals(reference.rounds[:1]) and error.value.history.stopped == "diverged"
+
+
+PIXELS, CLASSES = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4) % 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"x_train": np.full((4, 8, 8, 3), np.nan)}, "x_train must be uint8"),
+        ({"y_train": CLASSES + 0.5}, "y_train must be whole numbers"),
+        ({"y_train": CLASSES[:3]}, "y_train has shape (3,) for the 4 images"),
+        ({"x_train": PIXELS[:0], "y_train": CLASSES[:0]}, "x_train must have shape"),
+        ({"x_train": PIXELS[0]}, "y_train has shape (4,) for the 8 images"),
+    ],
+)
+def test_data_of_ones_own(arrays, says, tmp_path):
+    whole = {"x_train": PIXELS, "y_train": CLASSES, "x_test": PIXELS, "y_test": CLASSES}
+    np.savez(tmp_path / "mine.npz", **(whole | arrays))
+    with pytest.raises(ValueError) as error:
+        load("mine", root=tmp_path)
+    assert says in str(error.value)
+
+
+def test_a_store_that_is_a_file(tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(StoreError, match="make it a folder that can be written"):
+        RunStore(tmp_path / "runs").get([preset("smoke")], "cpu")
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
+def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
+    """The error names the cause; the run before stays readable; with space again the missing one is trained."""
+    one, two = (preset("smoke", "centralised", rounds=1, seed=seed, **{"dataset.max_train": 40}) for seed in (1, 2))
+    store = RunStore(tmp_path / "runs")
+    (before,) = store.get([one], "cpu", jobs=1)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises((OSError, StoreError), match="No space left on device"):
+            store.get([one, two], "cpu", jobs=1)
+    assert store.find(one).rounds.equals(before.rounds) and store.find(two) is None
+    assert len(store.get([one, two], "cpu", jobs=1)) == 2

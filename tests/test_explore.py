@@ -89,7 +89,7 @@ class Untraceable(torch.nn.Sequential):
         (lambda: explore(torch.nn.Linear(2, 2), (2,)), "module='Linear': must be a network that torch.fx can follow"),
         (lambda: explore(Untraceable(torch.nn.Linear(2, 2)), (2,)), "module='Untraceable'"),
         (lambda: explore(zoo.resnet18(), (1, 32, 32)), "input_shape=(1, 32, 32): the network cannot be run on it"),
-        (lambda: explore(zoo.resnet18(), (3, 32, 32), samples=0), "samples=0: must be at least 1"),
+        (lambda: explore(zoo.resnet18(), (3, 32, 32), samples=0), "samples=0: must be a whole number"),
         (lambda: explore(zoo.resnet18(), (3, 32, 32), aux_mb=-1), "aux_mb=-1: must be 0 MiB or more"),
         (lambda: plot_cuts(pd.DataFrame()), "table=0: must be a table with at least one cut"),
     ],
