@@ -135,7 +135,7 @@ def auxiliary_for(
     budget_mb: float = 8.5,  # MiB the auxiliary model may have, buffers counted
 ) -> nn.Module:  # smashed data to logits
     "The largest prefix of the server that fits, with pooling and a linear layer. `ValueError` if nothing fits."
-    require(isinstance(split, SplitModel), "split", type(split).__name__, "a SplitModel, as `SplitModel.cut` makes it")
+    require(isinstance(split, SplitModel), "split", type(split).__name__, "a SplitModel, as SplitModel.cut makes")
     smashed, budget = evaluated(split.client, example_input), budget_mb * 2**20
     num_classes = evaluated(split.server, smashed).shape[-1]
     require(len(smashed) > 1, "example_input", tuple(example_input.shape), "2 samples or more: BatchNorm needs them")

@@ -242,7 +242,7 @@ class SplitModel(nn.Module):
         split = cls(*_halves(module, graph, at, example_input))
         if compare:
             finite = bool(whole.isfinite().all())
-            require(finite, "example_input", tuple(example_input.shape), "numbers that the network makes finite ones of")
+            require(finite, "example_input", tuple(example_input.shape), "such that the network gives finite numbers")
             field = "example_input" if stages is None else "stages"
             same = torch.equal(evaluated(split, example_input, field), whole)
             require(same, "at", at, "a layer at which both halves give the same output as the whole")

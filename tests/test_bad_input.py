@@ -107,7 +107,7 @@ CALLS += [
     (lambda: SplitModel.cut(TWO, None), "at=None"),
     (lambda: SplitModel.cut(TWO, "0", np.zeros((2, 2))), "example_input='ndarray'"),
     (lambda: SplitModel.cut(TWO, "0", torch.zeros(2, 3)), "cannot take a tensor of shape (2, 3)"),
-    (lambda: SplitModel.cut(TWO, "0", torch.full((2, 2), NAN)), "numbers that the network makes finite ones of"),
+    (lambda: SplitModel.cut(TWO, "0", torch.full((2, 2), NAN)), "such that the network gives finite numbers"),
     (lambda: SplitModel.cut(TWO, "0", stages="01"), "stages='01'"),
     (lambda: SplitModel.cut(TWO, "0", stages=["0", 3]), "stages=3"),
     (lambda: cut_layers("resnet18"), "module='resnet18'"),
