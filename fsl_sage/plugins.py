@@ -81,11 +81,12 @@ def _register(
     undo: Callable[[], None],  # takes it out
 ) -> None:
     plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.-]*(/\w+)?", name) is not None
-    require(plain, f"@{kind}", name, "a plain name: letters, digits, _ . -")
+    where = "@split_model" if kind == "model" else f"@{kind}"
+    require(plain, where, name, "a plain name: letters, digits, _ . -")
     key, tag = (kind, name), _tag_of(part)
     owner = _home(PLUGGED[key]) if key in PLUGGED else "fsl_sage itself"
     free = not taken or (key in PLUGGED and owner == _home(tag) and not _LOADING)
-    require(free, f"@{kind}", name, f"another name: {owner} has this one")
+    require(free, where, name, f"another name: {owner} has this one")
     if key in _UNDO:
         _UNDO.pop(key)()
     put()

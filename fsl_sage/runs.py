@@ -498,6 +498,10 @@ class StoredRuns:
         folder = self.folder(experiment)
         return read_run(folder, experiment) if folder.exists() else None
 
+    def made_with(self, experiment: Experiment) -> dict[str, Any]:  # plain values, as `provenance` gives them
+        "What the stored run of `experiment` was made with."
+        return _read_json(self.folder(experiment) / "provenance.json", "delete the folder")
+
     def describe(
         self,
         experiments: Sequence[Experiment],  # stored runs
@@ -514,7 +518,7 @@ class StoredRuns:
         "What made these runs: seeds, hardware, versions, commit, modified, wall_seconds, runs, finished."
         experiments = list(dict.fromkeys(experiments))
         require(bool(experiments), "experiments", experiments, "one or more; a figure without runs has `about_here()`")
-        made = [_read_json(self.folder(run) / "provenance.json", "delete the folder") for run in experiments]
+        made = [self.made_with(run) for run in experiments]
         return _about(made, [run.seed for run in experiments], [run.hash for run in experiments])
 
     def frame(self) -> pd.DataFrame:  # columns of `tidy`, then all fields of the experiments by their dotted names
