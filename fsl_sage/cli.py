@@ -15,8 +15,8 @@ import itertools
 import os
 import sys
 import tempfile
-import types
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from importlib.util import find_spec
@@ -63,6 +63,8 @@ def _explained(
         name, (_, _, comment) = node.target.id, lines[node.lineno - 1].partition("  # ")
         below = next((n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name) and n.id in classes), None)
         if below:
+            if isinstance(node.value, ast.Constant):
+                yield above + name, "null", f"{comment.replace('None', 'null')}; else its fields are"
             own = {word.arg: ast.unparse(word.value) for word in getattr(node.value, "keywords", ())}
             yield from _explained(classes, lines, below, f"{above}{name}.", own, seen)
         else:
@@ -310,6 +312,8 @@ def jobs_of(
 
     from fsl_sage.plugins import load_plugins
 
+    # Hydra 1.3 calls a function that OmegaConf 2.4 has renamed, and OmegaConf warns of it at each start.
+    warnings.filterwarnings("ignore", "register_new_resolver")
     overrides = _parsed(words)
     said = {override.key_or_group: override.value() for override in overrides if not override.is_sweep_override()}
     load_plugins(said.get("plugins", ()))
@@ -380,6 +384,8 @@ def launch(
         if not any(word.startswith(("hydra/launcher", "hydra.launcher.n_jobs")) for word in hydra_words):
             own.append(f"hydra.launcher.n_jobs={default_jobs(device)}")
         before, sys.argv = sys.argv, ["fsl-sage", "--multirun", *words, *own, *hydra_words]
+        told = [os.environ.get("PYTHONWARNINGS"), "ignore:register_new_resolver"]  # to the launcher's processes, too
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, told))
         try:
             hydra.main(version_base="1.3", config_path=None, config_name="fsl_sage")(hydra_job)()
         finally:
