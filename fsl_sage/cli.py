@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 import typing
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from importlib.util import find_spec
@@ -312,8 +311,6 @@ def jobs_of(
 
     from fsl_sage.plugins import load_plugins
 
-    # Hydra 1.3 calls a function that OmegaConf 2.4 has renamed, and OmegaConf warns of it at each start.
-    warnings.filterwarnings("ignore", "register_new_resolver")
     overrides = _parsed(words)
     said = {override.key_or_group: override.value() for override in overrides if not override.is_sweep_override()}
     load_plugins(said.get("plugins", ()))
@@ -384,8 +381,6 @@ def launch(
         if not any(word.startswith(("hydra/launcher", "hydra.launcher.n_jobs")) for word in hydra_words):
             own.append(f"hydra.launcher.n_jobs={default_jobs(device)}")
         before, sys.argv = sys.argv, ["fsl-sage", "--multirun", *words, *own, *hydra_words]
-        told = [os.environ.get("PYTHONWARNINGS"), "ignore:register_new_resolver"]  # to the launcher's processes, too
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, told))
         try:
             hydra.main(version_base="1.3", config_path=None, config_name="fsl_sage")(hydra_job)()
         finally:
