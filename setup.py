@@ -9,6 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
+EXTRAS = ("dev", "privacy", "tensorboard", "wandb")
 
 setup(
     name=settings["lib_name"],
@@ -32,7 +33,7 @@ setup(
     packages=find_packages(include=["fsl_sage*"]),
     package_data={"fsl_sage": ["embedded/*"]},
     install_requires=settings["requirements"].split(),
-    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "privacy")},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in EXTRAS},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

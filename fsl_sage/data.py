@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'Arrays', 'IDX_FILES', 'EMBEDDED', 'HALF', 'PAPER', 'FASHION', 'KNOWN', 'CIFAR', 'FETCH_ERRORS', 'FETCH',
-           'DISTRIBUTIONS', 'Images', 'Dataset', 'broken', 'read_npz', 'read_idx', 'idx_path', 'read_idx_folder',
-           'read_image', 'visible', 'read_image_folder', 'check_arrays', 'Known', 'BinaryArchive', 'read_cifar',
-           'fetch', 'fetch_cifar', 'fetch_idx', 'download_dataset', 'data_root', 'places', 'reader_of', 'find_arrays',
-           'as_images', 'load', 'class_balanced_part', 'make_fmnist_mini', 'normalise', 'draw_augmentation',
-           'apply_augmentation', 'augment', 'iid_parts', 'shard_parts', 'balanced_parts', 'draw_classes',
-           'dirichlet_parts', 'is_count', 'balanced_share', 'partition', 'labels_per_client', 'plot_labels_per_client',
-           'ClientData', 'eval_batches']
+           'MADE', 'DISTRIBUTIONS', 'Images', 'Dataset', 'broken', 'read_npz', 'read_idx', 'idx_path',
+           'read_idx_folder', 'read_image', 'visible', 'read_image_folder', 'check_arrays', 'Known', 'BinaryArchive',
+           'read_cifar', 'fetch', 'fetch_cifar', 'fetch_idx', 'download_dataset', 'data_root', 'places', 'reader_of',
+           'find_arrays', 'as_images', 'load', 'class_balanced_part', 'make_fmnist_mini', 'normalise',
+           'draw_augmentation', 'apply_augmentation', 'augment', 'iid_parts', 'shard_parts', 'balanced_parts',
+           'draw_classes', 'dirichlet_parts', 'is_count', 'balanced_share', 'partition', 'labels_per_client',
+           'plot_labels_per_client', 'ClientData', 'eval_batches']
 
 # %% ../nbs/01_data.ipynb #6be0d552
 import gzip
@@ -364,6 +364,9 @@ def reader_of(path: Path) -> Callable[..., Arrays] | None:
     return read_image_folder if (path / "train").is_dir() else None
 
 # %% ../nbs/01_data.ipynb #3d194539
+MADE: dict[str, Callable[[Path], Arrays]] = {}  # data set → function of the data root; for plug-ins
+
+
 def find_arrays(
     name: str,
     root: Path,
@@ -372,6 +375,11 @@ def find_arrays(
 ) -> tuple[Arrays, Path]:  # and where they were found
     "Search for a data set; `FileNotFoundError` that lists every place if it is nowhere."
     require(re.fullmatch(r"\w[\w.-]*", name) is not None, "dataset.name", name, "a plain name: letters, digits, _ . -")
+    if name in MADE:
+        arrays = MADE[name](root)
+        made = isinstance(arrays, dict) and {type(arrays.get(key)) for key in KEYS} == {np.ndarray}
+        require(made, f"data set {name!r}", type(arrays).__name__, f"a table of the arrays {', '.join(KEYS)}")
+        return arrays, Path(f"plug-in:{name}")
     looked = places(name, root)
     for path in looked:
         if reader := reader_of(path):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'LABELS', 'checkout', 'store_root', 'provenance', 'about_here',
-           'StoreError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run', 'remove',
-           'checkpoint_of', 'leftovers', 'run_lock', 'diverged_before', 'flat', 'Stored', 'read_all', 'StoredRuns',
-           'default_jobs', 'side_by_side', 'train_missing', 'RunStore', 'label', 'tidy']
+           'StoreError', 'UnpluggedError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run',
+           'remove', 'checkpoint_of', 'leftovers', 'run_lock', 'diverged_before', 'flat', 'Stored', 'read_all',
+           'StoredRuns', 'default_jobs', 'side_by_side', 'train_missing', 'RunStore', 'label', 'tidy']
 
 # %% ../nbs/10_runs.ipynb #af446223
 import csv
@@ -38,9 +38,9 @@ from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
 import fsl_sage
-from .config import Experiment, from_dict
+from .config import SESSION, Experiment, MissingPluginError, from_dict
 from .core import atomic_path, choose_device, require
-from .training import DivergedError, History, train
+from .training import Callback, DivergedError, History, train
 
 # %% ../nbs/10_runs.ipynb #2e913692
 def checkout(
@@ -151,6 +151,10 @@ class StoreError(RuntimeError):
     "A run in the store cannot be used, or the store cannot be written; the message says what to do."
 
 
+class UnpluggedError(StoreError):
+    "A run in the store cannot be read because a plug-in is not loaded. Nothing is wrong with the run."
+
+
 def table_to_csv(table: pd.DataFrame) -> str:
     "The table as CSV, floats with all their digits."
     return table.to_csv(index=False, na_rep="nan", lineterminator="\n") if len(table.columns) else ""
@@ -228,6 +232,8 @@ def _read_experiment(folder: Path, experiment: Experiment | None, way_out: str) 
         if tree == found.to_dict() and found.hash == name:
             return found
         why = "a hash in common, a file edited, or a version whose fields mean something else"
+    except MissingPluginError as error:
+        raise UnpluggedError(f"{folder}: {error}") from error
     except ValueError as error:
         why = f"a version with other fields: {error}"
     raise StoreError(f"{folder / 'config.json'} describes another experiment than {name} ({why}): {way_out}")
@@ -385,6 +391,7 @@ def _train_and_put(
     root: str | None,  # folder with data sets
     progress: bool,
     wait: bool = True,  # while another process is at it
+    callbacks: Sequence[Callback] = (),
 ) -> bool:  # False: another process is at it
     "Train `experiment` and store the run, unless it is there. `DivergedError` says where the rounds before are."
     with run_lock(store, experiment.hash, wait) as held, _one_thread(device):
@@ -396,7 +403,7 @@ def _train_and_put(
         checkpoint, start = checkpoint_of(store, experiment.hash), time.perf_counter()
         notes, place = ({"resumed": True} if checkpoint.exists() else {}), folder
         try:
-            history = train(experiment, device, root, progress, checkpoint=checkpoint)
+            history = train(experiment, device, root, progress, checkpoint=checkpoint, callbacks=callbacks)
         except DivergedError as error:
             history, place = error.history, aside
             notes |= {"error": str(error)}
@@ -443,6 +450,7 @@ class Stored:
     history: History | None  # None: it cannot be used
     made_with: dict[str, Any]  # its provenance; empty if that cannot be read
     problem: str = ""  # why it cannot be used, and the way out
+    unplugged: bool = False  # only because a plug-in is not loaded
 
 
 def read_all(
@@ -460,13 +468,13 @@ def read_all(
             try:
                 found.append(Stored(folder, read_run(folder), made_with))
             except StoreError as error:
-                found.append(Stored(folder, None, made_with, str(error)))
+                found.append(Stored(folder, None, made_with, str(error), isinstance(error, UnpluggedError)))
     return found
 
 # %% ../nbs/10_runs.ipynb #a4104455
 def _frame(store: Path) -> pd.DataFrame:
     "All finished runs of a store, a row per run and round, with all fields of the experiments."
-    stored = [run for run in read_all(store) if run.folder.parent == store]
+    stored = [run for run in read_all(store) if run.folder.parent == store and not run.unplugged]
     problems = [run.problem for run in stored if run.problem] if stored else [f"no runs in {store}"]
     if problems:
         raise StoreError(problems[0])
@@ -490,6 +498,10 @@ class StoredRuns:
         folder = self.folder(experiment)
         return read_run(folder, experiment) if folder.exists() else None
 
+    def made_with(self, experiment: Experiment) -> dict[str, Any]:  # plain values, as `provenance` gives them
+        "What the stored run of `experiment` was made with."
+        return _read_json(self.folder(experiment) / "provenance.json", "delete the folder")
+
     def describe(
         self,
         experiments: Sequence[Experiment],  # stored runs
@@ -506,7 +518,7 @@ class StoredRuns:
         "What made these runs: seeds, hardware, versions, commit, modified, wall_seconds, runs, finished."
         experiments = list(dict.fromkeys(experiments))
         require(bool(experiments), "experiments", experiments, "one or more; a figure without runs has `about_here()`")
-        made = [_read_json(self.folder(run) / "provenance.json", "delete the folder") for run in experiments]
+        made = [self.made_with(run) for run in experiments]
         return _about(made, [run.seed for run in experiments], [run.hash for run in experiments])
 
     def frame(self) -> pd.DataFrame:  # columns of `tidy`, then all fields of the experiments by their dotted names
@@ -557,14 +569,17 @@ def _train_all(
     root: str | None,  # folder with data sets
     progress: bool,
     jobs: int,  # runs at a time
+    callbacks: Sequence[Callback],
 ) -> dict[Experiment, Exception]:  # those that failed
     "Train all of `missing`: first what nobody is at, then what other processes were at."
     failed: dict[Experiment, Exception] = {}
-    jobs = min(jobs, len(missing))
+    only_here = any(name.startswith(SESSION) for run in missing for name in run.plugins)
+    jobs = 1 if only_here else min(jobs, len(missing))
     with tqdm(total=len(missing), desc="runs", unit="run", disable=not progress) as bar:
         for wait in (False, True):
             busy = []
-            work = (delayed(_attempt)(run, store, device, root, progress and jobs == 1, wait) for run in missing)
+            others = store, device, root, progress and jobs == 1, wait, callbacks
+            work = (delayed(_attempt)(run, *others) for run in missing)
             for experiment, done, error in side_by_side(work, jobs):
                 busy += [] if done else [experiment]
                 if error:
@@ -582,6 +597,7 @@ def train_missing(
     root: str | None = None,  # folder with data sets
     progress: bool = True,  # show bars
     jobs: int | None = None,  # runs at a time; None: `default_jobs`
+    callbacks: Sequence[Callback] = (),  # told of the rounds that are trained
 ) -> dict[Experiment, Exception]:  # those that failed, and why
     "Train what is missing of `experiments`, each stored as it finishes."
     missing, failed = [], {}
@@ -592,7 +608,7 @@ def train_missing(
             failed[experiment] = error
     if missing:
         shutil.rmtree(_empty_folder(store, "try"), ignore_errors=True)
-        failed |= _train_all(missing, store, device, root, progress, jobs or default_jobs(device))
+        failed |= _train_all(missing, store, device, root, progress, jobs or default_jobs(device), callbacks)
     return failed
 
 # %% ../nbs/10_runs.ipynb #004c1094
@@ -631,11 +647,12 @@ class RunStore(StoredRuns):
         root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
         progress: bool = True,  # show bars
         jobs: int | None = None,  # runs at a time, each in a process of its own; None: one a core on a CPU, else one
+        callbacks: Sequence[Callback] = (),  # told of the rounds that are trained; each process has its own copies
     ) -> list[History]:  # one an experiment, in their order
         "The runs of `experiments`; what is missing is trained. Should one fail, the others are stored all the same."
         histories = [self.find(experiment) for experiment in experiments]  # a damaged run is reported first
         if any(history is None for history in histories):
-            failed = list(train_missing(self.root, experiments, device, root, progress, jobs).values())
+            failed = list(train_missing(self.root, experiments, device, root, progress, jobs, callbacks).values())
             if len(failed) > 1:
                 failed[0].add_note(f"{len(failed) - 1} more of {len(experiments)} runs failed; the others are stored")
             for error in failed:

@@ -130,7 +130,7 @@ def prunable(
     found = [
         (run.folder, run.problem.split(": delete")[0] if run.problem else "diverged")
         for run in read_all(store)
-        if run.problem or run.history.stopped == "diverged"
+        if not run.unplugged and (run.problem or run.history.stopped == "diverged")
     ]
     held = {lock.stem for lock in (store / "locks").glob("*.lock") if _is_held(lock)}
     found = [(path, why) for path, why in found if path.name not in held]

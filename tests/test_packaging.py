@@ -68,7 +68,8 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (tmp_path / "fsl_sage").mkdir()
-    shutil.copy(ROOT / "fsl_sage" / "__init__.py", tmp_path / "fsl_sage")
+    for by_hand in ("__init__.py", "__main__.py"):
+        shutil.copy(ROOT / "fsl_sage" / by_hand, tmp_path / "fsl_sage")
     done = subprocess.run([BIN / "nbdev_export"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     exported, ours = ({path.name for path in (root / "fsl_sage").glob("*.py")} for root in (tmp_path, ROOT))
