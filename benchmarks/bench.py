@@ -213,6 +213,7 @@ def measure(algorithm: str, args: argparse.Namespace, device: torch.device, most
         changes["algorithm.server_update_interval"] = args.batches
     if algorithm == "fsl_sage":
         changes |= {"algorithm.align_interval": ROUNDS, "algorithm.align_epochs": args.passes}
+        changes["algorithm.max_dataset_size"] = args.batch_size  # the last upload, as in the yardstick
     experiment = preset("paper", algorithm, **{"model.name": "resnet18", "model.width": args.width} | changes)
     samples = args.batches * args.batch_size
     state, bare = (federation(experiment, samples, device) for _ in range(2))
@@ -306,7 +307,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="how often each is timed")
     add("--only", nargs="+", default=list(DEFAULT), choices=list(ALGORITHMS), help="algorithms")
     add("--many", nargs="*", type=int, default=[10, 100, 1000], help="numbers of clients of the second table")
-    add("--many-width", type=int, default=16, help="of the network there")
+    add("--many-width", type=int, default=8, help="of the network there")
     add("--in-flight", type=int, default=4, help="clients on the device at a time there")
     add("--matrix", type=int, default=2048, help="rows and columns of the ceiling's matrices")
     add("--out", type=Path, default=HERE / "results", help="folder for bench.csv, clients.csv, bench.png")
