@@ -296,7 +296,7 @@ def test_checkpoint_of_a_run_goes_when_it_is_stored_or_set_aside(history, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["fsl_sage", "sl_multi_server"])
 def test_killed_ten_times_the_history_is_the_same_to_the_byte(algorithm, tmp_path, monkeypatch):
-    def train(experiment, device, root, progress, checkpoint):
+    def train(experiment, device, root, progress, checkpoint, **_):
         return train_state(experiment, device, root, progress, checkpoint=checkpoint, checkpoint_seconds=0)[0]
 
     monkeypatch.setattr(runs, "train", train)
