@@ -102,7 +102,7 @@ def bare_compute(state: State, batches: list[list[list[tuple]]], descend: Descen
                         descend(F.cross_entropy(server(client(x)), y), None, client, server)
             else:
                 auxiliary_round(state, rnd, clients, descend)
-        if state.clients[0].model.training and next(state.clients[0].model.parameters()).is_cuda:
+        if next(state.clients[0].model.parameters()).is_cuda:
             torch.cuda.synchronize()
 
 
@@ -207,8 +207,8 @@ def ceiling(device: torch.device, precision: str, size: int) -> float:
 
 def measure(algorithm: str, args: argparse.Namespace, device: torch.device, most: float) -> dict[str, object]:
     """A row of the table: the algorithm's rounds beside their yardstick, in turn."""
-    changes = {"num_clients": args.clients, "model.client.batch_size": args.batch_size, "precision": args.precision}
-    changes["num_clients"] = 1 if algorithm == "centralised" else args.clients
+    clients = 1 if algorithm == "centralised" else args.clients
+    changes = {"num_clients": clients, "model.client.batch_size": args.batch_size, "precision": args.precision}
     if algorithm in ("fsl_sage", "cse_fsl"):
         changes["algorithm.server_update_interval"] = args.batches
     if algorithm == "fsl_sage":
