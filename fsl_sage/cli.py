@@ -335,8 +335,8 @@ def train_job(
 ) -> None:
     "See that the store has the run, and its model if it was asked for."
     from fsl_sage.loggers import LOGGERS
-    from fsl_sage.models import KeepModel, model_file
-    from fsl_sage.runs import RunStore, checkpoint_of, remove
+    from fsl_sage.models import KeepModel
+    from fsl_sage.runs import RunStore, checkpoint_of, model_of, remove
 
     store, name, options = RunStore(), job.experiment.hash, job.options
     keep = [KeepModel(store.root)] if options.save else []
@@ -345,7 +345,7 @@ def train_job(
         remove(checkpoint_of(store.root, name))
     if store.find(job.experiment) is None:
         store.get([job.experiment], *where, [*keep, *(LOGGERS[logger](store.root) for logger in options.log)])
-    elif keep and not model_file(store.root, name).exists():
+    elif keep and not model_of(store.root, name).exists():
         print(f"run {name} is stored without its model: trained again to keep it", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             RunStore(folder).get([job.experiment], *where, keep)
@@ -416,8 +416,7 @@ def run(
     show: bool = False,  # only say what would be run
 ) -> int:  # exit status
     "Train what the command line asks for and the store does not have, and compare it."
-    from fsl_sage.models import model_file
-    from fsl_sage.runs import RunStore
+    from fsl_sage.runs import RunStore, model_of
 
     hydra_words = [word for word in words if word.startswith(("hydra.", "hydra/"))]
     if hydra_words and not multirun:
@@ -431,7 +430,7 @@ def run(
         return 0
     store = RunStore()
     asked = [job for job in jobs if store.find(job.experiment) is None
-             or (job.options.save and not model_file(store.root, job.experiment.hash).exists())]  # fmt: skip
+             or (job.options.save and not model_of(store.root, job.experiment.hash).exists())]  # fmt: skip
     print(f"{len(jobs)} run{'s' * (len(jobs) > 1)}: {len(jobs) - len(asked)} in the store", file=sys.stderr)
     if multirun and asked:
         launch(words, hydra_words, jobs[0].options.device)

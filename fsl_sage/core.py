@@ -134,17 +134,13 @@ def tensor_bytes(
 @contextmanager
 def atomic_path(
     path: str | Path,  # where the file shall be; its folder is made if missing
-) -> Iterator[Path]:  # where to write it: a file beside it with the same suffix
-    "Write to a temporary sibling that becomes `path` at the end of the block, or vanishes if the block fails."
+) -> Iterator[Path]:  # where to write it: a file of the same name in a hidden folder beside it
+    "What is written there becomes `path` at the end of the block, or vanishes if the block fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield Path(name)
-        with open(name, "rb") as written:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-", ignore_cleanup_errors=True) as room:
+        whole = Path(room) / path.name
+        yield whole
+        with open(whole, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        os.replace(whole, path)

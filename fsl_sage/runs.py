@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VERSIONS', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'LABELS', 'checkout', 'store_root', 'provenance', 'about_here',
            'StoreError', 'UnpluggedError', 'table_to_csv', 'table_from_csv', 'write_run', 'read_run', 'put_run',
-           'remove', 'checkpoint_of', 'leftovers', 'run_lock', 'diverged_before', 'flat', 'Stored', 'read_all',
-           'StoredRuns', 'default_jobs', 'side_by_side', 'train_missing', 'RunStore', 'label', 'tidy']
+           'remove', 'checkpoint_of', 'model_of', 'leftovers', 'run_lock', 'diverged_before', 'flat', 'Stored',
+           'read_all', 'StoredRuns', 'default_jobs', 'side_by_side', 'train_missing', 'RunStore', 'label', 'tidy']
 
 # %% ../nbs/10_runs.ipynb #af446223
 import csv
@@ -325,12 +325,20 @@ def checkpoint_of(
     return store / "progress" / f"{name}.safetensors"
 
 
+def model_of(
+    store: Path,
+    name: str,  # of a run
+) -> Path:
+    "Where the trained model of a run is, if it was kept (`models.KeepModel`)."
+    return store / "models" / f"{name}.safetensors"
+
+
 def leftovers(
     store: Path,
     name: str,  # of a run
 ) -> list[Path]:
     "What processes left behind that were killed while they wrote the run `name`, or its checkpoint."
-    parents = store, store / "diverged", store / "progress"
+    parents = store, store / "diverged", store / "progress", store / "models"
     return [path for parent in parents for path in sorted(parent.glob(f".{name}-*"))]
 
 
@@ -613,13 +621,14 @@ def train_missing(
 
 # %% ../nbs/10_runs.ipynb #004c1094
 def _set_aside(store: Path, name: str) -> bool:
-    "Move the run `name`, finished or diverged, to `replaced/`; forget how far an unfinished one is. Was there a run?"
+    "Move the run `name`, finished or diverged, to `replaced/`; forget its checkpoint and its model. Was there a run?"
     with run_lock(store, name):
         there = [folder for folder in (store / name, store / "diverged" / name) if folder.exists()]
         for folder in there:
             (store / "replaced").mkdir(exist_ok=True)
             folder.rename(store / "replaced" / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
         remove(checkpoint_of(store, name))
+        remove(model_of(store, name))
     return bool(there)
 
 # %% ../nbs/10_runs.ipynb #db0c3163

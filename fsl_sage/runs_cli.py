@@ -134,11 +134,13 @@ def prunable(
     ]
     held = {lock.stem for lock in (store / "locks").glob("*.lock") if _is_held(lock)}
     found = [(path, why) for path, why in found if path.name not in held]
-    for parent in (store, store / "diverged", store / "progress"):
+    for parent in (store, store / "diverged", store / "progress", store / "models"):
         hidden = [path for path in sorted(parent.glob(".*-*")) if re.match(r"\.([0-9a-f]{16}|try)-", path.name)]
         found += [(path, "left by a killed process") for path in hidden if path.name[1:17] not in held]
     done = [path for path in sorted((store / "progress").glob("[!.]*")) if (store / path.stem).exists()]
     found += [(path, "checkpoint of a run that is finished") for path in done if path.stem not in held]
+    orphans = [path for path in sorted((store / "models").glob("[!.]*")) if not (store / path.stem).exists()]
+    found += [(path, "model of a run that is not there") for path in orphans if path.stem not in held]
     locks = [path for path in sorted((store / "locks").glob("*.lock")) if path.stem not in held]
     return found + [(path, "lock that nobody holds") for path in locks]
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from fsl_sage import runs
 from fsl_sage.cli import explained, jobs_of, main
 from fsl_sage.config import preset
-from fsl_sage.models import model_file
-from fsl_sage.runs import RunStore, checkpoint_of
+from fsl_sage.runs import RunStore, checkpoint_of, model_of
 from fsl_sage.split import resnet
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +138,7 @@ def test_export_gives_the_uncut_network(store, capsys, tmp_path):
     assert files == {path.name: path.read_bytes() for path in store.folder(experiment).iterdir()}
     assert main(["export", experiment.hash[:6], str(file)]) == 0
     resnet((2, 2, 2, 2), in_channels=1, width=8).load_state_dict(load_file(file))
-    model_file(store.root, experiment.hash).write_bytes(b"torn")
+    model_of(store.root, experiment.hash).write_bytes(b"torn")
     assert main(["export", experiment.hash, str(file)]) == 2 and "damaged" in capsys.readouterr().err
 
 
