@@ -390,12 +390,12 @@ SGLR_COMMON = {
 }  # fmt: skip
 SGLR_PRESETS = {
     "smoke": SGLR_COMMON | {
-        "dataset.max_train": 700, "dataset.max_test": 200, "dataset.val_size": 100, "model.width": 16,
-        "model.client.batch_size": 16, "num_clients": 3, "rounds": 3,
+        "dataset.max_train": 700, "dataset.max_test": 100, "dataset.val_size": 100, "dataset.samples_per_client": 20,
+        "model.width": 16, "model.client.batch_size": 16, "num_clients": 3, "rounds": 2,
     },
     "quick": SGLR_COMMON | {
-        "dataset.max_test": 500, "dataset.val_size": 500, "dataset.samples_per_client": 500, "model.width": 16,
-        "model.client.batch_size": 16, "num_clients": 6, "rounds": 10,
+        "dataset.max_test": 300, "dataset.val_size": 200, "dataset.samples_per_client": 200, "model.width": 16,
+        "model.client.batch_size": 20, "num_clients": 6, "rounds": 5,
     },
     "paper": SGLR_COMMON | {
         "dataset.name": "fmnist", "dataset.rgb32": True, "dataset.val_size": 10000, "dataset.samples_per_client": 1000,
