@@ -688,13 +688,14 @@ class ClientData:
         epoch: int = 0,  # local epoch, from 0
     ) -> Iterator[tuple[Tensor, Tensor]]:  # (batch, channel, height, width) float32, (batch,) int64
         "All samples once, in a random order of their own for each round and epoch; the last batch may be short."
-        n, device = len(self), self.images.x.device
-        order = torch.randperm(n, generator=generator(self.seed, "order", self.client, rnd, epoch))
-        draws = draw_augmentation(n, generator(self.seed, "augment", self.client, rnd, epoch))
-        plan = [tensor.to(device, non_blocking=True).split(self.batch_size) for tensor in (order, *draws)]
-        for index, *draw in zip(*plan, strict=True):
-            x, y = self.images.x[index], self.images.y[index]
-            yield normalise(apply_augmentation(x, *draw) if self.augment else x, self.mean, self.std), y
+        device, of_all = self.images.x.device, (self.client, rnd, epoch)
+        order = torch.randperm(len(self), generator=generator(self.seed, "order", *of_all))
+        order = order.to(device, non_blocking=True)
+        x, y = self.images.x[order], self.images.y[order]
+        if self.augment:  # the whole pass at once: what costs is the number of operations, not their size
+            x = augment(x, generator(self.seed, "augment", *of_all))
+        for pixels, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
+            yield normalise(pixels, self.mean, self.std), labels
 
 # %% ../nbs/01_data.ipynb #6cd20a38
 def eval_batches(
