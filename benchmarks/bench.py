@@ -301,7 +301,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="cores, on a CPU: for the yardstick's kernels, for the round's clients")
     add("--clients", type=int, default=2, help="clients of a round")
     add("--batches", type=int, default=2, help="batches a client")
-    add("--batch-size", type=int, default=64, help="samples")
+    add("--batch-size", type=int, default=256, help="samples")
     add("--width", type=int, default=32, help="of the network; 64 as published")
     add("--passes", type=int, default=10, help="of FSL-SAGE's alignment; 100 as published")
     add("--repeats", type=int, default=3, help="how often each is timed")
