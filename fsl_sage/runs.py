@@ -35,6 +35,7 @@ import torch
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
+from joblib.parallel import get_active_backend
 from tqdm import tqdm
 
 import fsl_sage
@@ -563,10 +564,12 @@ def side_by_side(
     **options: Any,  # of joblib's `Parallel`
 ) -> Iterator[Any]:  # what they return, as they finish; with `return_as="generator"` in their order
     "Do the work in processes that end with it; joblib's own would stay for minutes, each with all of PyTorch."
+    here = get_active_backend()[0].supports_return_generator  # a cluster's backend gives all results at the end
+    usual = {"return_as": "generator_unordered"} if here else {"verbose": 10}
     try:
-        yield from Parallel(jobs, **({"batch_size": 1, "return_as": "generator_unordered"} | options))(work)
+        yield from Parallel(jobs, **({"batch_size": 1} | usual | options))(work)
     finally:
-        if jobs > 1:
+        if jobs > 1 and here:
             get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 # %% ../nbs/10_runs.ipynb #11484b71
@@ -585,6 +588,8 @@ def _train_all(
     jobs = 1 if only_here else min(jobs, len(missing))
     with tqdm(total=len(missing), desc="runs", unit="run", disable=not progress) as bar:
         for wait in (False, True):
+            if not missing:
+                break
             busy = []
             others = store, device, root, progress and jobs == 1, wait, callbacks
             work = (delayed(_attempt)(run, *others) for run in missing)
