@@ -11,7 +11,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test bench lab clean
+.PHONY: help figures test bench lab docs clean
 
 help:
 	@echo 'make figures   regenerate the figures into figures/gallery'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
 	@echo 'make bench     time every round against bare compute; table and picture into benchmarks/results/'
 	@echo '               DEVICE=auto   BENCH="--precision bf16 --threads 2" (benchmarks/bench.py --help lists all)'
+	@echo 'make docs      the documentation as a site: _docs/index.html, to open as a file; nothing is fetched'
 	@echo 'make lab       JupyterLab on the notebooks'
 	@echo 'make clean     remove .venv, caches and executed notebooks; finished runs (runs/) and the gallery stay'
 	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
@@ -45,6 +46,10 @@ bench: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs
+
+# The theme announces its successor on every build.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv figures/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _proc _docs

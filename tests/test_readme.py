@@ -1,25 +1,40 @@
-"""What the README promises a newcomer."""
+"""What README and docs/ promise a newcomer."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def code_of(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
 
 
 def test_the_ten_lines_run(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = code_of(ROOT / "README.md")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"fsl_sage: accuracy 0\.\d\d after \d+\.\d MiB", printed) and "cut_grad" in printed
 
 
-def test_links_and_pictures_exist():
-    places = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert places and all((ROOT / place).exists() for place in places), places
+def test_code_of_the_documentation_runs(capsys):
+    examples = [code for path in TEXTS[1:] for code in code_of(path)]
+    assert examples
+    for code in examples:
+        exec(compile(code, "docs", "exec"), {})
+    assert "torch.Size" in capsys.readouterr().out
 
 
-def test_every_library_notebook_is_listed():
-    stems = [path.stem for path in (ROOT / "nbs").glob("*.ipynb")]
-    assert [stem for stem in stems if f"`{stem}`" not in README] == []
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_pictures_exist(text):
+    places = re.findall(r"\]\((?!https?:)([^)#]+)\)", text.read_text("utf-8"))
+    assert [place for place in places if not (text.parent / place).exists()] == []
+
+
+def test_every_library_notebook_is_in_the_reading_path():
+    listed = (ROOT / "docs" / "reading_path.md").read_text("utf-8")
+    assert [path.stem for path in (ROOT / "nbs").glob("[0-9]*.ipynb") if f"`{path.stem}`" not in listed] == []

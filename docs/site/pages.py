@@ -1,0 +1,200 @@
+"""The pages that are not in docs/: README, notebooks, figures with their pictures, the API. And where links go."""
+
+import re
+from html import unescape
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import nbformat
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
+from nbformat import NotebookNode
+
+from fsl_sage.claims import gather
+from fsl_sage.report import PAPERS, by_paper, measured, number, read_figures
+
+ROOT = Path(__file__).resolve().parents[2]
+GALLERY = ROOT / "figures" / "gallery"
+START = sorted((ROOT / "nbs").glob("index.ipynb"))
+TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+FIGURES = {figure["name"]: figure for figure in read_figures(GALLERY, ROOT / "figures") if figure["notebook"]}
+
+
+# ---- what is where
+
+
+def address(path: Path) -> str:
+    "Where a file of the repository is on the site: README and docs/ at the top, the rest as it is, notebooks as pages."
+    docs = ROOT / "docs"
+    place = path.relative_to(docs if path.is_relative_to(docs) else ROOT).as_posix()
+    return "index.md" if place == "README.md" else re.sub(r"\.ipynb$", ".md", place)
+
+
+NOTEBOOKS = [*START, *TUTORIALS, *LIBRARY, *(ROOT / "figures" / f"{name}.ipynb" for name in FIGURES)]
+AS_THEY_ARE = ("README.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "figures/gallery/*.*", "benchmarks/*.csv", "benchmarks/*.png")
+FILES = [path for pattern in AS_THEY_ARE for path in ROOT.glob(pattern)]
+ADDRESSES = {path: address(path) for path in [*NOTEBOOKS, *FILES, *(ROOT / "docs").rglob("*.md")]}
+ORIGINS = {uri: path for path, uri in ADDRESSES.items()}
+
+
+def link(path: Path, page: str) -> str:
+    "From a page of the site to a file of the repository."
+    return relpath(ADDRESSES[path], Path(page).parent)
+
+
+def follow_links(markdown: str, page: str) -> str:
+    "Links between files of the repository lead to their pages; what is not on the site is left for mkdocs to report."
+
+    def moved(match: re.Match) -> str:
+        path, hash, anchor = unquote(match[1]).partition("#")
+        target = (ORIGINS[page].parent / path).resolve()
+        return f"]({link(target, page)}{hash}{anchor})" if target in ADDRESSES else match[0]
+
+    return re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", moved, markdown) if page in ORIGINS else markdown
+
+
+# ---- notebooks
+
+
+def said(notebook: Path) -> tuple[str, str]:  # title, description
+    "What the first cell says: `# title`, and `> description` if there is one."
+    text = nbformat.read(notebook, 4).cells[0].source
+    return re.search("^# (.*)", text)[1], "".join(re.findall("^> (.*)", text, re.M)[:1])
+
+
+def for_readers(cell: NotebookNode) -> NotebookNode | None:  # None: not for readers
+    "A cell without nbdev's directives; of lists, that a blank line goes before them, as Python's Markdown wants it."
+    hidden = re.search(r"^#\| *(hide|default_exp)", cell.source, re.M)
+    if cell.cell_type == "code":
+        cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip()
+    else:
+        cell.source = re.sub(r"(?m)^(?!\s|[-*+] |\d+\. )(.+)\n(?=[-*+] |\d+\. )", r"\1\n\n", cell.source)
+    return cell if cell.source and not hidden else None
+
+
+def pictures_of(figure: dict[str, Any]) -> str:
+    "A figure notebook has no outputs: its pictures and tables are in the gallery."
+    page = f"figures/{figure['name']}.md"
+    images = [f"![{p['alt']}]({link(GALLERY / (p['name'] + '.png'), page)})" for p in figure["pictures"]]
+    tables = [f"[{name}](gallery/{file})" for name, file in figure["tables"].items()]
+    presets = {picture["preset"] for picture in figure["pictures"]}
+    note = [f"Made with preset `{'`, `'.join(sorted(presets))}`. Tables: {', '.join(tables)}."] if tables else []
+    return "\n\n".join(images + note)
+
+
+def as_markdown(notebook: Path) -> tuple[str, dict[str, bytes]]:  # the page, and its pictures by address
+    "A notebook with the outputs that are stored in it; nothing is executed."
+    node = nbformat.read(notebook, 4)
+    node.metadata.language_info = {"name": "python"}
+    node.cells = [cell for cell in map(for_readers, node.cells) if cell]
+    if notebook.stem in FIGURES:
+        node.cells.insert(1, nbformat.v4.new_markdown_cell(pictures_of(FIGURES[notebook.stem])))
+    resources = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
+    text, resources = MarkdownExporter().from_notebook_node(node, resources)
+    text = text.replace("![png](", "![What the cell above draws](")
+    text = re.sub(r"<style scoped>.*?</style>|( border=\"1\")? class=\"dataframe\"", "", text, flags=re.S)
+    folder = Path(address(notebook)).parent
+    return text, {(folder / name).as_posix(): data for name, data in resources["outputs"].items()}
+
+
+# ---- lists that docs/ asks for, as <!-- name -->
+
+
+def tutorials() -> str:
+    "What there is to begin with."
+    told = [(*said(path), path.relative_to(ROOT).as_posix()) for path in [*START, *TUTORIALS]]
+    return "\n".join(f"- [{title}](../{path}): {text}" for title, text, path in told)
+
+
+def gallery() -> str:
+    "Every figure: title, claim, pictures."
+    parts = []
+    for paper, figures in by_paper(FIGURES.values()).items():
+        parts.append(f"## {paper}")
+        for figure in figures:
+            parts += [f"### [{figure['intro'].title}](../figures/{figure['name']}.ipynb)", figure["intro"].text]
+            parts += [f"![{p['alt']}](../figures/gallery/{p['name']}.png)" for p in figure["pictures"]]
+    return "\n\n".join(parts)
+
+
+def claims() -> str:
+    "Every published number and order beside ours, a table for each table or figure of a paper."
+    parts = []
+    for (paper, artefact), claims in gather(GALLERY).groupby(["paper", "artefact"], sort=False):
+        parts.append(f"## {PAPERS[paper]}: {artefact}")
+        rows = ["| published | | ours | verdict |", "|---|---|---|---|"]
+        for claim in claims.to_dict("records"):
+            order = claim["kind"] == "order"
+            value = "" if order else f"{number(claim['value'])} {claim['unit']}"
+            ours = "" if order else measured(claim["ours"], claim["deviation"], claim["n"])
+            verdict = f"**{claim['verdict']}**" + (f": {claim['note']}" if isinstance(claim["note"], str) else "")
+            rows.append(f"| {claim['statement']} | {value} | {ours} | {verdict} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+LISTS = {"tutorials": tutorials, "gallery": gallery, "claims": claims}
+
+
+# ---- what mkdocs calls
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    "The navigation; titles are the pages' own."
+    pages = {path.stem: ADDRESSES[path] for path in NOTEBOOKS}
+    howto = sorted(ADDRESSES[path] for path in (ROOT / "docs" / "how_to").glob("*.md"))
+    figures = [{paper: [pages[f["name"]] for f in group]} for paper, group in by_paper(FIGURES.values()).items()]
+    config.nav = [
+        {"Home": ["index.md", "results.md", "speed.md", "troubleshooting.md"]},
+        {"Learn": ["reading_path.md", *(ADDRESSES[path] for path in [*START, *TUTORIALS]), "algorithms.md"]},
+        {"How to": [*howto, "CONTRIBUTING.md"]},
+        {"Library": [ADDRESSES[path] for path in LIBRARY]},
+        {"Gallery": ["gallery.md", *figures, "claims.md"]},
+        {"API": [f"api/{module}.md" for module in MODULES]},
+    ]
+    return config
+
+
+MODULES = {
+    re.search(r"^#\| *default_exp (\w+)", cell.source)[1]: path
+    for path in LIBRARY
+    for cell in nbformat.read(path, 4).cells
+    if cell.source.startswith("#| default_exp")
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    "Add what is not in docs/."
+    made = {}
+    for path in NOTEBOOKS:
+        made[ADDRESSES[path]], pictures = as_markdown(path)
+        made |= pictures
+    for module, path in MODULES.items():
+        source = f"Explained and tested in [{said(path)[0]}](../{ADDRESSES[path]})."
+        made[f"api/{module}.md"] = f"# {module}\n\n{source}\n\n::: fsl_sage.{module}\n"
+    for uri, content in made.items():
+        files.append(File.generated(config, uri, content=content))
+    for path in FILES:
+        files.append(File.generated(config, ADDRESSES[path], abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    uri = page.file.src_uri
+    markdown = re.sub(r"<!-- (\w+) -->", lambda match: LISTS[match[1]](), markdown)
+    return follow_links(markdown, uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    "Formulas as MathML, which browsers draw by themselves."
+
+    def formula(match: re.Match) -> str:
+        return convert(unescape(match[3]).strip(), display="inline" if match[2] == "(" else "block")
+
+    return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', formula, html, flags=re.S)

@@ -1,0 +1,175 @@
+"""Figures can be read: by the colour-blind, in grey, in a paper's column, and to their edges."""
+
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+from PIL import Image
+
+from fsl_sage.data import plot_labels_per_client
+from fsl_sage.explore import LABELS, plot_cuts
+from fsl_sage.plots import (
+    COLUMN,
+    DPI,
+    FAMILY_MARKERS,
+    STACK,
+    STYLES,
+    TEXT,
+    legend_below,
+    level,
+    mark_target,
+    new_figure,
+    plot_curves,
+    plot_family,
+    save_figure,
+    stamp,
+    sticks_out,
+)  # fmt: skip
+
+GALLERY = sorted((Path(__file__).parent.parent / "figures" / "gallery").glob("*.png"))
+WORDS = {"alt": "Made-up curves.", "about": {}, "preset": "quick"}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def runs(labels, seeds=(1, 2)):
+    rounds = np.arange(20)
+    for i, label in enumerate(labels):
+        for seed in seeds:
+            accuracy = 0.9 - np.exp(-(rounds + 1 + seed) / (3 + i))
+            axes = {"round": rounds, "gigabytes": (rounds + 1) * (i + 1), "test_accuracy": accuracy}
+            yield pd.DataFrame({"label": label, "phi": i / 8, "seed": seed, **axes})
+
+
+FRAME = pd.concat(runs(STYLES))
+
+
+def curves():
+    figure, (left, right) = new_figure(1, 2)
+    plot_curves(FRAME, "gigabytes", "test_accuracy", left)
+    mark_target(left, FRAME[FRAME.test_accuracy >= 0.7].groupby("label").gigabytes.min().to_dict(), 0.7)
+    plot_curves(FRAME, "round", "test_accuracy", right)
+    level(right, 0.95)
+    legend_below(figure, left)
+    stamp(figure, "preset quick: seeds 200, 201, 202; AMD EPYC, 1 thread; torch 2.15.0")
+    return figure
+
+
+def family():
+    figure, (ax,) = new_figure(width=COLUMN)
+    plot_family(pd.concat(runs("abcdefgh")), "round", "test_accuracy", "phi", ax, name="φ = ")
+    legend_below(figure, ax)
+    return figure
+
+
+def stacked():
+    figure, axes = new_figure(1, 2)
+    table = pd.DataFrame({"client models": [3, 2], "smashed data": 1, "auxiliary models": [1, 4]}, ["l = 2", "l = 3"])
+    table.plot.bar(stacked=True, ax=axes[0], rot=0, **STACK)
+    table.plot.barh(stacked=True, ax=axes[1], **STACK)
+    return figure
+
+
+def labels():
+    figure, axes = new_figure(1, 2)
+    for ax in axes:
+        plot_labels_per_client(torch.arange(100).view(10, 10), ax=ax)
+    return figure
+
+
+def cuts():
+    columns = ["client_params", "client_flops", "held_bytes", "smashed_bytes", *LABELS]
+    numbers = np.geomspace(1e4, 1e9, 5 * len(columns)).reshape(5, -1)
+    return plot_cuts(pd.DataFrame(numbers, [f"layer{i}.0.downsample" for i in range(5)], columns))
+
+
+KINDS = [curves, family, stacked, labels, cuts]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_figure_is_whole_and_of_its_size(kind, tmp_path):
+    figure = kind()
+    width, height = figure.get_size_inches()
+    png = save_figure(figure, tmp_path, "demo", **WORDS)[0]  # which refuses what sticks out
+    with Image.open(png) as image:
+        assert image.size == (round(width * DPI), round(height * DPI))
+        assert_whole(np.asarray(image.convert("L")))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_letters_are_of_the_papers_size(kind):
+    figure = kind()
+    figure.draw_without_rendering()
+    sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()]
+    assert len(sizes) > 5 and min(sizes) >= 5 and max(sizes) <= 10, "points on the page, where captions have 9"
+
+
+def assert_whole(gray):
+    edge = np.concatenate([gray[:2].ravel(), gray[-2:].ravel(), gray[:, :2].ravel(), gray[:, -2:].ravel()])
+    assert edge.min() > 250, "something touches the picture's edge"
+    assert 0.01 < (gray < 250).mean() < 0.9, "blank, or black"
+
+
+@pytest.mark.parametrize("png", GALLERY, ids=lambda path: path.stem)
+def test_stored_pictures_are_whole_and_fit_the_page(png):
+    with Image.open(png) as image:
+        assert COLUMN * DPI <= image.width <= round(TEXT * DPI) and image.height <= 9 * DPI
+        assert_whole(np.asarray(image.convert("L")))
+
+
+@pytest.mark.parametrize("side", ["xlabel", "ylabel"])
+def test_cut_text_is_refused(tmp_path, side):
+    figure, (ax,) = new_figure(width=COLUMN)
+    ax.set(**{side: "words that go on and on " * 4})
+    with pytest.raises(ValueError, match=r"figure demo='\d\.\d\d inches'"):
+        save_figure(figure, tmp_path, "demo", **WORDS)
+    assert sticks_out(figure) > 0.1 and list(tmp_path.iterdir()) == []
+
+
+# How the three kinds of colour blindness see linear RGB (Machado, Oliveira, Fernandes, 2009, severity 1).
+BLINDNESS = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def seen(color, matrix):
+    """The colour in CIELAB, as the eye described by `matrix` sees it."""
+    rgb = np.asarray(color[:3])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = to_xyz @ np.clip(matrix @ linear, 0, 1) / np.array([0.9505, 1, 1.089])
+    root = np.cbrt
+    return np.array([116 * root(y) - 16, 500 * (root(x) - root(y)), 200 * (root(y) - root(z))])
+
+
+@pytest.mark.parametrize("eye", BLINDNESS)
+def test_methods_are_told_apart_without_colour_vision(eye):
+    """By colour where there is enough of it, and always by marker and dash."""
+    colors = {label: seen(to_rgb(style["color"]), BLINDNESS[eye]) for label, style in STYLES.items()}
+    pairs = list(combinations(STYLES, 2))
+    near = [pair for pair in pairs if np.linalg.norm(colors[pair[0]] - colors[pair[1]]) < 10]
+    assert near == []
+    assert all(STYLES[a][look] != STYLES[b][look] for a, b in pairs for look in ("marker", "linestyle"))
+    assert max(lab[0] for lab in colors.values()) < 75, "too pale on white paper"
+
+
+def test_ramps_and_stacks_keep_their_order_in_grey():
+    lightness = [seen(color, BLINDNESS["none"])[0] for color in STACK["color"]]
+    assert np.diff(lightness).min() > 15
+    figure = family()
+    lines = figure.axes[0].lines
+    lightness = [seen(line.get_color(), BLINDNESS["none"])[0] for line in lines]
+    assert np.diff(lightness).min() > 4 and len({line.get_marker() for line in lines}) == len(FAMILY_MARKERS)
