@@ -88,6 +88,9 @@ def pictures_of(figure: dict[str, Any]) -> str:
     return "\n\n".join(images + note)
 
 
+EXPORTER = MarkdownExporter()
+
+
 def as_markdown(notebook: Path) -> tuple[str, dict[str, bytes]]:  # the page, and its pictures by address
     "A notebook with the outputs that are stored in it; nothing is executed."
     node = nbformat.read(notebook, 4)
@@ -96,7 +99,7 @@ def as_markdown(notebook: Path) -> tuple[str, dict[str, bytes]]:  # the page, an
     if notebook.stem in FIGURES:
         node.cells.insert(1, nbformat.v4.new_markdown_cell(pictures_of(FIGURES[notebook.stem])))
     resources = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
-    text, resources = MarkdownExporter().from_notebook_node(node, resources)
+    text, resources = EXPORTER.from_notebook_node(node, resources)
     text = text.replace("![png](", "![What the cell above draws](")
     text = re.sub(r"<style scoped>.*?</style>|( border=\"1\")? class=\"dataframe\"", "", text, flags=re.S)
     folder = Path(address(notebook)).parent
