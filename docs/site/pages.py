@@ -37,7 +37,8 @@ def address(path: Path) -> str:
 
 
 NOTEBOOKS = [*START, *TUTORIALS, *LIBRARY, *(ROOT / "figures" / f"{name}.ipynb" for name in FIGURES)]
-AS_THEY_ARE = ("README.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff", "figures/gallery/*.*", "benchmarks/*.csv", "benchmarks/*.png")
+TEXTS = ("README.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff")
+AS_THEY_ARE = (*TEXTS, "figures/gallery/*.*", "benchmarks/*.csv", "benchmarks/*.png")
 FILES = [path for pattern in AS_THEY_ARE for path in ROOT.glob(pattern)]
 ADDRESSES = {path: address(path) for path in [*NOTEBOOKS, *FILES, *(ROOT / "docs").rglob("*.md")]}
 ORIGINS = {uri: path for path, uri in ADDRESSES.items()}
@@ -131,13 +132,14 @@ def claims() -> str:
     parts = []
     for (paper, artefact), claims in gather(GALLERY).groupby(["paper", "artefact"], sort=False):
         parts.append(f"## {PAPERS[paper]}: {artefact}")
-        rows = ["| published | | ours | verdict |", "|---|---|---|---|"]
+        rows = ["| claim | published | ours | verdict |", "|---|---|---|---|"]
         for claim in claims.to_dict("records"):
             order = claim["kind"] == "order"
+            statement = claim["statement"] or f"{claim['metric'].replace('_', ' ')} at `{claim['setting']}`"
             value = "" if order else f"{number(claim['value'])} {claim['unit']}"
             ours = "" if order else measured(claim["ours"], claim["deviation"], claim["n"])
-            verdict = f"**{claim['verdict']}**" + (f": {claim['note']}" if isinstance(claim["note"], str) else "")
-            rows.append(f"| {claim['statement']} | {value} | {ours} | {verdict} |")
+            verdict = f"**{claim['verdict']}**" + (f": {claim['note']}" if claim["note"] else "")
+            rows.append(f"| {statement} | {value} | {ours} | {verdict} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
