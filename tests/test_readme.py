@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fsl_sage.config import ALGORITHM_FIELDS
+from fsl_sage.data import DISTRIBUTIONS, KNOWN
+from fsl_sage.split import MODELS
+
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -38,3 +42,9 @@ def test_links_and_pictures_exist(text):
 def test_every_library_notebook_is_in_the_reading_path():
     listed = (ROOT / "docs" / "reading_path.md").read_text("utf-8")
     assert [path.stem for path in (ROOT / "nbs").glob("[0-9]*.ipynb") if f"`{path.stem}`" not in listed] == []
+
+
+def test_what_there_is_is_listed():
+    listed = (ROOT / "docs" / "algorithms.md").read_text("utf-8")
+    names = [*ALGORITHM_FIELDS, *MODELS, *KNOWN, *DISTRIBUTIONS]
+    assert [name for name in names if f"`{name}`" not in listed] == []
