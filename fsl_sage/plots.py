@@ -47,7 +47,8 @@ AXES = {
 STACK = {"color": [_palette[i] for i in (0, 9, 8)], "edgecolor": "black", "linewidth": 0.5}  # pandas' bars, ≤ 3 parts
 
 # %% ../nbs/11_plots.ipynb #ecff052b
-COLUMN, TEXT = 3.25, 6.75  # inches
+COLUMN = 3.25  # inches
+TEXT = 6.75  # inches
 
 
 def new_figure(

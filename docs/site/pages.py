@@ -69,13 +69,23 @@ def said(notebook: Path) -> tuple[str, str]:  # title, description
     return re.search("^# (.*)", text)[1], "".join(re.findall("^> (.*)", text, re.M)[:1])
 
 
+def for_python(text: str) -> str:
+    "What Jupyter's Markdown takes and Python's does not: a list right after a line, a bar in a formula in a table."
+
+    def row(match: re.Match) -> str:
+        return re.sub(r"\$[^$]+\$", lambda formula: re.sub(r"(?<!\\)\|", r"\\vert ", formula[0]), match[0])
+
+    text = re.sub(r"(?m)^(?!\s|[-*+] |\d+\. )(.+)\n(?=[-*+] |\d+\. )", r"\1\n\n", text)
+    return re.sub(r"(?m)^\|.*$", row, text)
+
+
 def for_readers(cell: NotebookNode) -> NotebookNode | None:  # None: not for readers
-    "A cell without nbdev's directives; of lists, that a blank line goes before them, as Python's Markdown wants it."
+    "A cell without nbdev's directives."
     hidden = re.search(r"^#\| *(hide|default_exp)", cell.source, re.M)
     if cell.cell_type == "code":
         cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip()
     else:
-        cell.source = re.sub(r"(?m)^(?!\s|[-*+] |\d+\. )(.+)\n(?=[-*+] |\d+\. )", r"\1\n\n", cell.source)
+        cell.source = for_python(cell.source)
     return cell if cell.source and not hidden else None
 
 
@@ -187,6 +197,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, uri, content=content))
     for path in FILES:
         files.append(File.generated(config, ADDRESSES[path], abs_src_path=str(path)))
+    for path in ROOT.glob("figures/*.ipynb"):  # the gallery's own page leads to them
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
@@ -200,6 +212,8 @@ def on_page_content(html: str, **_: Any) -> str:
     "Formulas as MathML, which browsers draw by themselves."
 
     def formula(match: re.Match) -> str:
-        return convert(unescape(match[3]).strip(), display="inline" if match[2] == "(" else "block")
+        inline = match[2] == "("
+        mathml = convert(unescape(match[3]).strip(), display="inline" if inline else "block")
+        return mathml if inline else f'<div class="formula">{mathml}</div>'
 
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', formula, html, flags=re.S)
