@@ -9,7 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-EXTRAS = ("dev", "docs", "privacy", "tensorboard", "wandb")
+EXTRAS = [name.removesuffix("_requirements") for name in settings if name.endswith("_requirements")]
 
 setup(
     name=settings["lib_name"],

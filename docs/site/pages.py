@@ -21,7 +21,8 @@ from fsl_sage.report import PAPERS, by_paper, measured, number, read_figures
 ROOT = Path(__file__).resolve().parents[2]
 GALLERY = ROOT / "figures" / "gallery"
 START = sorted((ROOT / "nbs").glob("index.ipynb"))
-TUTORIALS = sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))
+ORDER = "".join(path.read_text("utf-8") for path in START)  # "Start here" names the tutorials in the order of reading
+TUTORIALS = sorted(ROOT.glob("nbs/tutorials/*.ipynb"), key=lambda path: (len(ORDER.partition(path.name)[0]), path))
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 FIGURES = {figure["name"]: figure for figure in read_figures(GALLERY, ROOT / "figures") if figure["notebook"]}
 
@@ -73,7 +74,7 @@ def for_python(text: str) -> str:
     "What Jupyter's Markdown takes and Python's does not: a list right after a line, a bar in a formula in a table."
 
     def row(match: re.Match) -> str:
-        return re.sub(r"\$[^$]+\$", lambda formula: re.sub(r"(?<!\\)\|", r"\\vert ", formula[0]), match[0])
+        return re.sub(r"\$[^$]+\$", lambda formula: re.sub(r"(?<!\\)\|", r"\\vert{}", formula[0]), match[0])
 
     text = re.sub(r"(?m)^(?!\s|[-*+] |\d+\. )(.+)\n(?=[-*+] |\d+\. )", r"\1\n\n", text)
     return re.sub(r"(?m)^\|.*$", row, text)
