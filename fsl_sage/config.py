@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from .auxiliary import AUXILIARIES
+from .auxiliary import AUXILIARIES, FIRST_LAYERS
 from .core import one_of, require
 from .data import DISTRIBUTIONS
 from .split import LOSSES, MODELS
@@ -177,11 +177,15 @@ class ServerConfig:
 class AuxiliaryConfig:
     "The auxiliary model of CSE-FSL and FSL-SAGE."
 
-    size: str = "default"  # of the ablation: linear, one_block, default, server_copy
+    size: str = "default"  # of the ablation: linear, one_block, default, server_copy; or first_layers
     optimizer: OptimizerConfig = OptimizerConfig()
+    budget_mb: float = 8.5  # of first_layers, made of any network's server: MiB it may have
 
     def __post_init__(self):
         _check_types(self, "model.auxiliary.")
+        require(0 < self.budget_mb < math.inf, "model.auxiliary.budget_mb", self.budget_mb, "greater than 0 MiB")
+        if self.size != FIRST_LAYERS:
+            object.__setattr__(self, "budget_mb", 8.5)
 
 # %% ../nbs/05_config.ipynb #b35ea8c9
 @dataclass(frozen=True)
@@ -199,8 +203,8 @@ class ModelConfig:
         one_of("model.name", self.name, MODELS)
         require(self.width >= 1, "model.width", self.width, "at least 1")
         if self.name in AUXILIARIES:
-            one_of("model.auxiliary.size", self.auxiliary.size, AUXILIARIES[self.name][1])
-        else:
+            one_of("model.auxiliary.size", self.auxiliary.size, (*AUXILIARIES[self.name][1], FIRST_LAYERS))
+        elif self.auxiliary.size != FIRST_LAYERS:
             object.__setattr__(self, "auxiliary", AuxiliaryConfig())  # it has none
 
 # %% ../nbs/05_config.ipynb #29949f06
@@ -317,6 +321,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 SEEDS = ("init_seed", "partition_seed", "sampling_seed", "participation_seed")
 YOUNGER = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "dataset.size_spread": 0.0,
+    "model.auxiliary.budget_mb": 8.5,
 }  # fields that came later, by dotted name; left out of a description while they have these values  # fmt: skip
 
 
@@ -392,8 +397,10 @@ def _settle(experiment: Experiment) -> None:
     if name == "centralised":
         require(experiment.num_clients == 1, "num_clients", experiment.num_clients, "1 for 'centralised'")
     if name in ("cse_fsl", "fsl_sage"):
-        fine = f"one of {', '.join(AUXILIARIES)} for {name!r}, which needs an auxiliary model"
-        require(model.name in AUXILIARIES, "model.name", model.name, fine)
+        fine = f"one of {', '.join(AUXILIARIES)} for {name!r}, which needs an auxiliary model; or any network with " \
+               f"model.auxiliary.size={FIRST_LAYERS}"  # fmt: skip
+        has_one = model.name in AUXILIARIES or model.auxiliary.size == FIRST_LAYERS
+        require(has_one, "model.name", model.name, fine)
     if name == "sglr":  # its server's rate follows from the client's
         optimizer = replace(model.server.optimizer, lr=model.client.optimizer.lr)
         object.__setattr__(experiment, "model", replace(model, server=ServerConfig(optimizer)))

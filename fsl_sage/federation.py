@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .auxiliary import auxiliary_model
+from .auxiliary import FIRST_LAYERS, auxiliary_for, auxiliary_model
 from .config import Experiment, OptimizerConfig, SchedulerConfig
 from .core import generator, require, weighted_average
 from .fleet import Fleet, one_part_each
@@ -178,7 +178,10 @@ def init_parts(
         torch.manual_seed(generator(experiment.init_seed, "init").initial_seed())
         channels, height, _ = data[0].image_shape
         split = split_model(model.name, channels, data[0].num_classes, height, model.width)
-        aux = auxiliary_model(model.name, split, model.auxiliary.size) if auxiliary else None
+        if auxiliary and model.auxiliary.size == FIRST_LAYERS:
+            aux = auxiliary_for(split, torch.zeros(2, *data[0].image_shape), model.auxiliary.budget_mb)
+        else:
+            aux = auxiliary_model(model.name, split, model.auxiliary.size) if auxiliary else None
     for i, local in enumerate(data):
         alone = len(local) % model.client.batch_size == 1
         fine = f"such that no client's last batch has 1 sample (client {i} has {len(local)}): BatchNorm needs 2"

@@ -166,6 +166,8 @@ def save_figure(
 ) -> list[Path]:  # the files
     "Save a figure in each format, and in `NAME.json` what it is and what made it; each file whole or not at all."
     require(bool(alt.strip()), "alt", alt, "a sentence that says what the picture shows")
+    file = any(path.is_file() for path in (Path(folder), *Path(folder).parents))
+    require(not file, "folder", str(folder), "a folder, or a place for one; a file is in the way")
     figure.draw_without_rendering()  # lay out once; laying out again would move things by fractions of a pixel
     figure.set_layout_engine("none")
     paths = [Path(folder) / f"{name}.{suffix}" for suffix in formats]

@@ -307,6 +307,8 @@ def train_state(
     callbacks: Sequence[Callback] = (),  # told of each round
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
+    fine = "an Experiment, such as preset('smoke') gives"
+    require(isinstance(experiment, Experiment), "experiment", experiment, fine)
     device = choose_device(device)
     dataset, validation = prepare(experiment, device, root)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
