@@ -7,13 +7,14 @@ import torch
 
 from fsl_sage import training
 from fsl_sage.baselines import BASELINES
-from fsl_sage.cli import help_text, jobs_of
+from fsl_sage.cli import comparison, help_text, jobs_of
 from fsl_sage.clock import Costs, Speed, attendances, attended_seconds, costs_of, latency, simulated_seconds, speeds
 from fsl_sage.config import ALGORITHM_FIELDS, PRESETS, ClockConfig, Experiment, preset
 from fsl_sage.core import tensor_bytes, weighted_average
 from fsl_sage.federation import FixedData, Metrics, State, asked_clients, take_part
 from fsl_sage.fleet import part_tensors
 from fsl_sage.ledger import Ledger
+from fsl_sage.runs import RunStore
 from fsl_sage.training import ALGORITHMS, register_of, set_up, train, train_state
 
 FEDERATED = sorted(set(ALGORITHMS) - {"centralised"})
@@ -303,6 +304,16 @@ def test_the_command_line_knows_the_fields():
     one, two = jobs_of(["preset=smoke", "participation=1,0.5"], multirun=True)
     assert one.experiment == preset("smoke") and two.experiment.participation_seed == 200
     assert all(word in help_text() for word in ("participation ", "clock.deadline", "clock.up", "dataset.size_spread"))
+
+
+def test_a_sweep_over_participation_is_compared_by_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path))
+    words = ["preset=smoke", "algorithm=fed_avg", "rounds=1", "dataset.max_train=90", "participation=1,0.34"]
+    jobs = jobs_of(words, multirun=True)
+    RunStore().get([job.experiment for job in jobs], "cpu", progress=False, jobs=1)
+    table, failed = comparison(jobs)
+    header, one, two, *_ = table.splitlines()
+    assert not failed and [line.split()[-1] for line in (header, one, two)] == ["participation", "1.00", "0.34"]
 
 
 SGLR = {"algorithm.name": "sglr"}
