@@ -72,7 +72,7 @@ def fed_avg_round(
             metrics.loss(i, s, whole_step(state.clients[i], state.servers[i], x, y))
 
     if state.experiment.algorithm.share_server:
-        for i in range(len(state.clients)):  # each goes on from where the one before left the shared half
+        for i in state.present:  # each goes on from where the one before left the shared half
             train_locally(i)
     else:
         list(each_client(state, train_locally))
@@ -111,9 +111,9 @@ def splitfed_round(
 
     if many:
         list(each_client(state, train_with_server))
-        average(state.servers, state.weights)  # among the servers: no client traffic
+        average(state, state.servers)  # among the servers: no client traffic
     else:
-        for i in range(len(state.clients)):
+        for i in state.present:
             train_with_server(i)
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
@@ -176,9 +176,10 @@ def ssl_round(
 ) -> Metrics:
     "One client after another, each with the model that the one before has left (SGLR, baselines)."
     metrics, (server,), criterion = Metrics(), state.servers, LOSSES[state.experiment.algorithm.loss]
-    for i in range(len(state.clients)):
+    last = state.previous[-1]  # the first goes on from the last of the round before
+    for i in state.present:
         link = ledger.link(rnd, i)
-        arrived = link.down(client_model=state.clients[i - 1].model)  # the first goes on from the last
+        arrived, last = link.down(client_model=state.clients[last].model), i
         model = {name: tensor.clone() for name, tensor in arrived.items()}  # this client may take the other's place
         client = state.clients[i]
         client.model.load_state_dict(model)
@@ -196,7 +197,7 @@ def last_client(
     state: State,
 ) -> list[nn.Module]:  # one
     "SSL's model to evaluate: server ∘ the client that trained last."
-    return [SplitModel(state.clients[-1].model, state.servers[0].model)]
+    return [SplitModel(state.clients[state.present[-1]].model, state.servers[0].model)]
 
 # %% ../nbs/06_baselines.ipynb #c806454e
 def psl_round(

@@ -75,6 +75,8 @@ def save_checkpoint(
     plain = {
         "format": FORMAT,
         "experiment": state.experiment.to_dict(),
+        "present": state.present,
+        "averaged": state.averaged,
         "progress": asdict(progress),
         "ledger": [[*transfer, n] for transfer, n in Counter(ledger.transfers).items()],
         "rates": [[group["lr"] for group in part.optimizer.param_groups] for part in state.parts],
@@ -134,4 +136,5 @@ def load_checkpoint(
     for *fields, n in plain["ledger"]:
         for _ in range(n):
             ledger.write(Transfer(*fields))
+    state.present, state.averaged = plain.get("present", state.present), plain.get("averaged", [])
     return Progress(**plain["progress"])

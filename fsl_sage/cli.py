@@ -393,18 +393,22 @@ def comparison(
     "What came of the runs, a row each; of the configuration what the command line varied."
     import pandas as pd
 
+    from fsl_sage.config import YOUNGER
     from fsl_sage.runs import RunStore, Stored, flat
     from fsl_sage.runs_cli import overview
 
     store, rows, failed = RunStore(), [], 0
-    varied = [key for key in flat(jobs[0].experiment) if len({str(flat(job.experiment).get(key)) for job in jobs}) > 1]
+    fields_of = {job.experiment.hash: YOUNGER | flat(job.experiment) for job in jobs}
+    keys = dict.fromkeys(key for tree in fields_of.values() for key in tree)
+    varied = [key for key in keys if len({str(tree.get(key)) for tree in fields_of.values()}) > 1]
     said = {word.partition("=")[0] for job in jobs for word in job.words}
     for job in jobs:
         history = store.find(job.experiment)
         failed += history is None
         if history is not None:
             row = overview(Stored(store.folder(job.experiment), history, store.made_with(job.experiment)))
-            rows.append(row | {key: flat(job.experiment)[key] for key in varied if key in said - set(row)})
+            own = fields_of[job.experiment.hash]
+            rows.append(row | {key: own.get(key) for key in varied if key in said - set(row)})
     table = pd.DataFrame(rows).drop(columns="finished").to_string(index=False) if rows else ""
     end = f"{failed} of {len(jobs)} runs failed" if failed else f"in {store.root}"
     return "\n".join(filter(None, [table, end])), failed

@@ -8,9 +8,9 @@ __all__ = ['KEYS', 'Arrays', 'IDX_FILES', 'EMBEDDED', 'HALF', 'PAPER', 'FASHION'
            'read_idx_folder', 'read_image', 'visible', 'read_image_folder', 'check_arrays', 'Known', 'BinaryArchive',
            'read_cifar', 'fetch', 'fetch_cifar', 'fetch_idx', 'download_dataset', 'data_root', 'places', 'reader_of',
            'find_arrays', 'as_images', 'load', 'class_balanced_part', 'make_fmnist_mini', 'normalise',
-           'draw_augmentation', 'apply_augmentation', 'augment', 'iid_parts', 'shard_parts', 'balanced_parts',
-           'draw_classes', 'dirichlet_parts', 'is_count', 'balanced_share', 'partition', 'labels_per_client',
-           'plot_labels_per_client', 'ClientData', 'eval_batches']
+           'draw_augmentation', 'apply_augmentation', 'augment', 'share_sizes', 'iid_parts', 'shard_parts',
+           'balanced_parts', 'draw_classes', 'dirichlet_parts', 'is_count', 'balanced_share', 'partition',
+           'labels_per_client', 'plot_labels_per_client', 'ClientData', 'eval_batches']
 
 # %% ../nbs/01_data.ipynb #6be0d552
 import gzip
@@ -520,10 +520,24 @@ def augment(
     return apply_augmentation(x, *(d.to(x.device, non_blocking=True) for d in draws), padding)
 
 # %% ../nbs/01_data.ipynb #b295eaf4
-def iid_parts(labels: np.ndarray, num_clients: int, rng: np.random.Generator) -> np.ndarray:
-    "Equal random shares; (num_clients, N // num_clients) positions."
-    share = len(labels) // num_clients
-    return rng.permutation(len(labels))[: share * num_clients].reshape(num_clients, share)
+def share_sizes(
+    n: int,  # samples to share out
+    num_clients: int,  # at most n / 2 with a spread
+    spread: float,  # deviation of the logarithm of the shares; 0: equal shares
+    seed: int,
+) -> list[int]:  # of each client
+    "How many samples each client gets; with a spread even numbers from 2 on."
+    if spread == 0:
+        return [n // num_clients] * num_clients
+    require(2 * num_clients <= n, "num_clients", num_clients, f"at most {n // 2} with dataset.size_spread={spread}")
+    z = torch.randn(num_clients, generator=generator(seed, "sizes"), dtype=torch.double).numpy()
+    weights = np.exp(spread * (z - z.max()))
+    return (2 + 2 * np.floor((n / 2 - num_clients) * weights / weights.sum()).astype(int)).tolist()
+
+
+def iid_parts(labels: np.ndarray, sizes: list[int], rng: np.random.Generator) -> list[np.ndarray]:
+    "Random shares of these sizes."
+    return np.split(rng.permutation(len(labels)), np.cumsum(sizes))[:-1]
 
 
 def shard_parts(labels: np.ndarray, num_clients: int, rng: np.random.Generator, shard_num: int) -> np.ndarray:
@@ -561,14 +575,14 @@ def draw_classes(
     return drawn
 
 # %% ../nbs/01_data.ipynb #0d5426a3
-def dirichlet_parts(labels: np.ndarray, num_clients: int, rng: np.random.Generator, alpha: float) -> np.ndarray:
-    "Equal shares in class proportions drawn from Dir(α·1), a class that runs out dropped (FSL-SAGE's 'equal split')."
+def dirichlet_parts(labels: np.ndarray, sizes: list[int], rng: np.random.Generator, alpha: float) -> list[np.ndarray]:
+    "Shares in class proportions drawn from Dir(α·1), a class that runs out dropped (FSL-SAGE's 'equal split')."
     labels = np.unique(labels, return_inverse=True)[1]
     stock = np.bincount(labels)
     # At the very ends of α's range NumPy's draws overflow to nan: those clients draw from what is left.
-    proportions = np.nan_to_num(rng.dirichlet(np.full(len(stock), alpha), size=num_clients))
+    proportions = np.nan_to_num(rng.dirichlet(np.full(len(stock), alpha), size=len(sizes)))
     queues = [rng.permutation(np.flatnonzero(labels == c)) for c in range(len(stock))]
-    parts = np.empty((num_clients, len(labels) // num_clients), np.int64)
+    parts = [np.empty(size, np.int64) for size in sizes]
     for part, p in zip(parts, proportions, strict=True):
         drawn = draw_classes(rng, p, stock, len(part))
         for c in np.unique(drawn):
@@ -607,8 +621,9 @@ def partition(
     alpha: float = 1.0,  # noniid_dirichlet: > 0; small = clients differ much
     shard_num: int = 2,  # noniid: shards per client, ≥ 1
     samples_per_client: int | None = None,  # balanced: a multiple of the number of classes; None = as many as there are
+    size_spread: float = 0.0,  # iid, noniid_dirichlet: deviation of the logarithm of the shares; 0: equal shares
 ) -> list[Tensor]:  # a client each: positions in `labels`, int64, on the CPU
-    """Share samples out among clients: disjoint parts of equal size, the same for the same seed.
+    """Share samples out among clients: disjoint parts, of equal size without `size_spread`, the same for the same seed.
 
     Everyone gets ⌊N/m⌋ samples (noniid: `shard_num` shards of ⌊N/(shard_num·m)⌋ each); the remainder is not used.
     `ValueError` that names field, value and range if the samples do not suffice (FSL-SAGE and SGLR, experiments).
@@ -618,7 +633,7 @@ def partition(
     require(is_count(num_clients, n), "num_clients", num_clients, f"a whole number from 1 to {n} (training samples)")
     rng = np.random.default_rng(generator(seed, "partition").initial_seed())
     if distribution == "iid":
-        parts = iid_parts(y, num_clients, rng)
+        parts = iid_parts(y, share_sizes(n, num_clients, size_spread, seed), rng)
     elif distribution == "noniid":
         most = n // num_clients
         require(is_count(shard_num, most), "dataset.shard_num", shard_num, f"a whole number from 1 to {most}")
@@ -626,7 +641,7 @@ def partition(
     elif distribution == "noniid_dirichlet":
         ok = isinstance(alpha, (int, float)) and 0 < alpha < math.inf
         require(ok, "dataset.alpha", alpha, "a finite number above 0")
-        parts = dirichlet_parts(y, num_clients, rng, float(alpha))
+        parts = dirichlet_parts(y, share_sizes(n, num_clients, size_spread, seed), rng, float(alpha))
     else:
         parts = balanced_parts(y, num_clients, rng, balanced_share(y, num_clients, samples_per_client))
     return [torch.from_numpy(part.copy()) for part in parts]

@@ -183,6 +183,8 @@ def save_figure(
 
     `ValueError` if `alt` is empty or something would be cut off at the figure's edge."""
     require(bool(alt.strip()), "alt", alt, "a sentence that says what the picture shows")
+    file = any(path.is_file() for path in (Path(folder), *Path(folder).parents))
+    require(not file, "folder", str(folder), "a folder, or a place for one; a file is in the way")
     figure.draw_without_rendering()  # lay out once; laying out again would move things by fractions of a pixel
     figure.set_layout_engine("none")
     cut = sticks_out(figure)

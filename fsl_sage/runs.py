@@ -664,6 +664,8 @@ class RunStore(StoredRuns):
         callbacks: Sequence[Callback] = (),  # told of the rounds that are trained; each process has its own copies
     ) -> list[History]:  # one an experiment, in their order
         "The runs of `experiments`; what is missing is trained. Should one fail, the others are stored all the same."
+        listed = isinstance(experiments, Iterable) and all(isinstance(run, Experiment) for run in experiments)
+        require(listed, "experiments", experiments, "a list of Experiments, such as [preset('smoke')]")
         histories = [self.find(experiment) for experiment in experiments]  # a damaged run is reported first
         if any(history is None for history in histories):
             failed = list(train_missing(self.root, experiments, device, root, progress, jobs, callbacks).values())

@@ -116,7 +116,7 @@ def jointly_aligned_round(
 ) -> Metrics:
     "A round with alignment in which all clients are aligned with one and the same server (ours)."
     metrics, (server,) = Metrics(), state.servers
-    rounds = [client_steps(state, i, rnd, metrics) for i in range(len(state.clients))]
+    rounds = {i: client_steps(state, i, rnd, metrics) for i in state.present}
 
     def receive(i: int, s: int, smashed: Tensor, labels: Tensor) -> None:
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
@@ -124,13 +124,13 @@ def jointly_aligned_round(
         state.buffers[i].add(at_server, labels)
 
     # 1, 2. Everyone's first upload.
-    for i, steps in enumerate(rounds):
+    for i, steps in rounds.items():
         receive(i, *next(steps))
     # 3. One server for all targets; then every auxiliary model for itself.
-    targets = [target_of(state, i) for i in range(len(rounds))]
+    targets = {i: target_of(state, i) for i in state.present}
     metrics.alignments = list(each_client(state, lambda i: align_client(state, i, rnd, targets[i])))
-    for i, aux in enumerate(state.auxes):
-        ledger.link(rnd, i).down(aux_model=aux.model)
+    for i in state.present:
+        ledger.link(rnd, i).down(aux_model=state.auxes[i].model)
     # 4. The rest of the round.
     for arrival in arrivals(state, rounds.__getitem__):
         receive(*arrival)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'ALIGNMENT_COLUMNS', 'Models', 'evaluate', 'evaluate_mean', 'History', 'DivergedError', 'first_bad_loss',
-           'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Bench', 'round_row', 'alignment_rows', 'Callback',
-           'train_state', 'train', 'selected']
+           'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Bench', 'round_row', 'alignment_rows', 'Register',
+           'register_of', 'set_up', 'Callback', 'train_state', 'train', 'selected']
 
 # %% ../nbs/09_training.ipynb #c5940c46
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .baselines import BASELINES, cse_fsl_round
+from .clock import Attendance, Costs, attendances, attended_seconds, costs_of
 from .config import Experiment
 from .checkpoint import CheckpointError, Progress, load_checkpoint, save_checkpoint
 from .core import arithmetic, choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
-from .federation import Algorithm, Metrics, State
+from .federation import Algorithm, Metrics, State, require_only_present, take_part
 from .fleet import clients_in_flight
 from .ledger import Ledger
 from .sage import SAGE
@@ -166,6 +168,7 @@ def client_data(
     parts = partition(
         dataset.train.y, experiment.num_clients, config.distribution, experiment.partition_seed,
         alpha=config.alpha, shard_num=config.shard_num, samples_per_client=config.samples_per_client,
+        size_spread=config.size_spread,
     )  # fmt: skip
     return [
         ClientData(
@@ -226,6 +229,49 @@ def alignment_rows(
     numbers = [{name: int(v) if name in whole else float(v) for name, v in row.items()} for row in metrics.alignments]
     return [{"round": rnd, **row} for row in numbers]
 
+# %% ../nbs/09_training.ipynb #17de7186
+@dataclass(frozen=True)
+class Register:
+    "Who takes part in a run's rounds, and what they cost."
+
+    experiment: Experiment
+    samples: list[int]  # of each client
+    costs: Costs | None  # None: no clock
+
+    def columns(
+        self,
+        attendance: Attendance,
+        metrics: Metrics,
+        before: Sequence[dict[str, Any]],  # rows of `History.rounds`
+    ) -> dict[str, float]:  # columns of `History.rounds`
+        "What a row says of participants and time."
+        clock, columns = self.experiment.clock, {}
+        if self.experiment.participation < 1 or (clock and clock.deadline):
+            columns["participants"] = len(attendance.clients)
+        if clock:
+            passes = {row["client"]: row["passes"] for row in metrics.alignments}
+            spent = before[-1]["clock_seconds"] if before else 0.0
+            seconds = attended_seconds(attendance, self.experiment, self.costs, clock, passes)
+            columns["clock_seconds"] = spent + seconds
+        return columns
+
+
+def register_of(
+    state: State,  # freshly set up
+    clock: bool,  # whether costs are wanted
+) -> Register:
+    "What `clock.attendances` and `clock.simulated_seconds` need to know of a run."
+    return Register(state.experiment, [len(local) for local in state.data], costs_of(state) if clock else None)
+
+
+def set_up(
+    experiment: Experiment,
+    root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+) -> State:
+    "The state that `experiment` starts from, on the CPU: for `register_of`, without training anything."
+    dataset, _ = prepare(experiment, torch.device("cpu"), root)
+    return ALGORITHMS[experiment.algorithm.name].init(experiment, client_data(experiment, dataset), Ledger())
+
 # %% ../nbs/09_training.ipynb #0407ba55
 Models = Callable[[], list[nn.Module]]  # gives copies of the models that are evaluated: one, or one a client
 
@@ -261,13 +307,17 @@ def train_state(
     callbacks: Sequence[Callback] = (),  # told of each round
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
+    fine = "an Experiment, such as preset('smoke') gives"
+    require(isinstance(experiment, Experiment), "experiment", experiment, fine)
     device = choose_device(device)
     dataset, validation = prepare(experiment, device, root)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
     with clients_in_flight(in_flight):
         state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
+    register = register_of(state, experiment.clock is not None)
     done = _continued(checkpoint, state, ledger) or Progress(-int(experiment.algorithm.warm_start))
+    attending = islice(attendances(experiment, register.samples, register.costs), len(done.rounds), None)
     ledger.phase, saved, pause, stopped = "round", time.monotonic(), checkpoint_seconds, "rounds"
 
     def models() -> list[nn.Module]:
@@ -280,10 +330,13 @@ def train_state(
     rounds = range(done.next_round, experiment.rounds)
     _tell(callbacks, device, "start", experiment)
     bar = tqdm(rounds, experiment.algorithm.name, unit="round", disable=not progress)
-    for rnd in bar:
-        run_round = algorithm.run_round if rnd >= 0 else cse_fsl_round
+    for rnd, attendance in zip(bar, attending, strict=False):
+        run_round, sent = algorithm.run_round if rnd >= 0 else cse_fsl_round, len(ledger.transfers)
+        take_part(state, attendance.clients, rnd, ledger)
         with arithmetic(experiment.precision):
             metrics = run_round(state, rnd, ledger)
+        if len(attendance.clients) < len(state.data):
+            require_only_present(state, ledger.transfers[sent:])
         spent = bool(experiment.comm_threshold_mb) and ledger.bytes("paper") >= experiment.comm_threshold_mb * 2**20
         due = spent or rnd == rounds[-1] or (rnd + 1) % experiment.eval_every == 0
         results = bench.accuracies(state, due)
@@ -293,7 +346,8 @@ def train_state(
         if bad:
             _tell(callbacks, device, "end", history("diverged"), models)
             raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help", history("diverged"))
-        done.rounds.append(round_row(state, rnd, ledger, metrics, results))
+        columns = register.columns(attendance, metrics, done.rounds)
+        done.rounds.append(round_row(state, rnd, ledger, metrics, results) | columns)
         done.alignments += alignment_rows(rnd, metrics)
         done.next_round = rnd + 1
         bar.set_postfix(accuracy=f"{results['test_accuracy']:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch
 
 from fsl_sage.auxiliary import AlignmentBuffer, align, auxiliary_for, auxiliary_model
 from fsl_sage.claims import published
-from fsl_sage.config import Experiment, from_dict, preset
+from fsl_sage.config import DatasetConfig, Experiment, from_dict, preset
 from fsl_sage.core import choose_device, generator, tensor_bytes, weighted_average
 from fsl_sage.data import load, partition
 from fsl_sage.explore import explore
 from fsl_sage.leakage import distance_correlation, ssim
 from fsl_sage.ledger import Ledger, table6_bytes
+from fsl_sage.plots import save_figure
 from fsl_sage.runs import RunStore, StoreError, tidy
 from fsl_sage.sglr import epsilon
 from fsl_sage.split import SplitModel, cut_layers, split_model
@@ -149,6 +151,23 @@ CALLS += [
     (lambda: epsilon(1.0, 0, 1e-5), "releases=0"),
     (lambda: ssim(IMAGES[:, :, :8], IMAGES), "11 × 11 pixels"),
     (lambda: distance_correlation(torch.zeros(2, 3), torch.zeros(3, 3)), "as many samples"),
+]
+
+
+CALLS += [
+    (lambda: Experiment(num_clients=2.5), "num_clients=2.5"),
+    (lambda: Experiment(rounds="3"), "rounds='3': must be of type int"),
+    (lambda: Experiment(dataset="cifar10"), "dataset='cifar10': must be a table of fields"),
+    (lambda: DatasetConfig(alpha="1"), "dataset.alpha='1'"),
+    (lambda: Experiment().replace(**{"dataset.name.x": 3}), "dataset.name.x=3: must be left out: 'name' has no fields"),
+    (lambda: Experiment().replace(**{"comm_threshold_mb.x": 3}), "'comm_threshold_mb' has no fields"),
+    (lambda: train("smoke"), "experiment='smoke': must be an Experiment"),
+    (lambda: RunStore().get(["smoke"]), "experiments=['smoke']: must be a list of Experiments"),
+    (lambda: RunStore().get("smoke"), "experiments='smoke'"),
+    (lambda: RunStore().get(preset("smoke")), "must be a list of Experiments"),
+    (lambda: save_figure(None, Path(__file__) / "gallery", "a", "A line.", {}, preset="smoke"), "a file is in the way"),
+    (lambda: preset("smoke", **{"model.name": "resnet16"}), "model.auxiliary.size=first_layers"),
+    (lambda: preset("smoke", **{"model.auxiliary.budget_mb": -1}), "budget_mb=-1"),
 ]
 
 

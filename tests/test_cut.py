@@ -10,8 +10,10 @@ import torchvision.models as zoo
 from torch import nn
 
 from fsl_sage.auxiliary import AlignmentBuffer, _plain_copy, align, auxiliary_for, true_cut_grad
+from fsl_sage.config import preset
 from fsl_sage.core import tensor_bytes
 from fsl_sage.split import Part, SplitModel, cut_layers
+from fsl_sage.training import train
 
 
 class Own(nn.Module):
@@ -250,3 +252,14 @@ def test_another_image_size_than_the_example():
     split = SplitModel.cut(Own().eval(), "embed", torch.randn(2, 3, 16, 16))
     with pytest.raises(RuntimeError):
         split(torch.randn(2, 3, 32, 32))
+
+
+def test_a_network_without_a_published_auxiliary_model_gets_one_by_its_budget():
+    """ResNet-16, SGLR's: FSL-SAGE trains it with the server's first layers, as many as the configuration pays for."""
+    sent = {}
+    for budget in (0.005, 0.1):
+        own = {"model.name": "resnet16", "model.auxiliary.size": "first_layers", "model.auxiliary.budget_mb": budget}
+        history = train(preset("smoke", "fsl_sage", rounds=1, **own), "cpu", progress=False)
+        sent[budget] = history.ledger.query("kind == 'aux_model' and phase == 'round'").bytes.sum() / 3
+        assert 0 < sent[budget] <= budget * 2**20 and history.rounds.train_loss.notna().all()
+    assert sent[0.1] > 2 * sent[0.005]
