@@ -20,7 +20,7 @@ help:
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
 	@echo 'make bench     time every round against bare compute; table and picture into benchmarks/results/'
 	@echo '               DEVICE=auto   BENCH="--precision bf16 --threads 2" (benchmarks/bench.py --help lists all)'
-	@echo 'make lab       JupyterLab on the notebooks'
+	@echo 'make lab       JupyterLab, beginning with "Start here" (nbs/index.ipynb)'
 	@echo 'make clean     remove .venv, caches and executed notebooks; finished runs (runs/) and the gallery stay'
 	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
 
@@ -44,7 +44,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(BENCH)
 
 lab: $(READY)
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 clean:
 	rm -rf .venv figures/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _proc _docs
