@@ -1,6 +1,7 @@
 """What the tests share: threads, and small experiments."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,19 @@ TRACES = sorted((Path(__file__).parent / "traces").glob("*.json"))
 def threads():
     """One thread: sums do not depend on the machine's cores, and the workers of pytest-xdist do not fight for them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = shutil.which("chromium")
+    if not executable:
+        pytest.skip("no executable 'chromium': pages are not tested in a browser (Debian: apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pages are not tested in a browser")
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=executable, args=flags)
+        yield chromium
+        chromium.close()
 
 
 def read_trace(name: str) -> tuple[dict, list[dict]]:

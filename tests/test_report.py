@@ -139,19 +139,6 @@ def test_stored_page_is_of_the_stored_gallery():
 # ---- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium")
-    if not executable:
-        pytest.skip("no executable 'chromium': the page is not tested in a browser (Debian: apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: the page is not tested in a browser")
-    with sync_api.sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        chromium = playwright.chromium.launch(executable_path=executable, args=flags)
-        yield chromium
-        chromium.close()
-
-
 @contextmanager
 def opened(browser, page, width=1280, scheme="light"):
     """The page in a new window; at the end: it wrote no error to the console and requested nothing but itself."""
