@@ -18,7 +18,9 @@ from fsl_sage.reproduce import this_python_as_kernel
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS, RUN_SECONDS, REDRAW_SECONDS = 180, 900, 120  # on two slow cores, and they are shared
-CELLS = "jupyterapp.shell.currentWidget.content.model.sharedModel.cells.filter((cell) => cell.cell_type === 'code')"
+NOTEBOOK = "jupyterapp.shell.currentWidget.content"
+ALL_CELLS = f"{NOTEBOOK}.model.sharedModel.cells"
+CELLS = f"{ALL_CELLS}.filter((cell) => cell.cell_type === 'code')"
 IDLE = "globalThis.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'"
 
 pytestmark = pytest.mark.slow
@@ -111,17 +113,12 @@ def pictures(window):
     return [picture for picture in shown if picture]
 
 
-def scroll_to(window, index):
-    """Bring a cell into sight."""
-    panel = "jupyterapp.shell.currentWidget.content"
-    window.evaluate(f"async () => {{ {panel}.activeCellIndex = {index}; await {panel}.scrollToItem({index}, 'start') }}")
-
-
-def cell_with(window, words):
-    """Place of the cell whose source has `words`."""
-    sources = window.evaluate("jupyterapp.shell.currentWidget.content.model.sharedModel.cells.map((cell) => cell.source)")
-    (found,) = [i for i, source in enumerate(sources) if words in source]
-    return found
+def scroll_to(window, words):
+    """Bring the cell whose source has `words` into sight."""
+    sources = window.evaluate(f"{ALL_CELLS}.map((cell) => cell.source)")
+    (place,) = [i for i, source in enumerate(sources) if words in source]
+    window.evaluate(f"(place) => {{ {NOTEBOOK}.activeCellIndex = place }}", place)
+    window.evaluate(f"(place) => {NOTEBOOK}.scrollToItem(place, 'start')", place)
 
 
 def test_start_here_runs_in_jupyterlab(opened, tmp_path):
@@ -131,11 +128,11 @@ def test_start_here_runs_in_jupyterlab(opened, tmp_path):
     assert errors == []
     assert not [output for _, cell in cells for output in cell if output.get("name") == "stderr"], "bars are cleared"
     assert len(pictures(window)) == 1
-    scroll_to(window, cell_with(window, "plot_curves(runs"))
+    scroll_to(window, "plot_curves(runs")
     curves = window.locator(".jp-Cell-outputWrapper .jp-RenderedImage img")
     curves.first.wait_for(timeout=1000 * REDRAW_SECONDS)
     assert curves.first.evaluate("(image) => image.complete && image.naturalWidth") > 300
-    scroll_to(window, cell_with(window, "in one drawing"))
+    scroll_to(window, "in one drawing")
     drawing = window.locator(".jp-MarkdownCell img")
     drawing.first.wait_for(timeout=1000 * REDRAW_SECONDS)
     loaded = "document.querySelector('.jp-MarkdownCell img')?.naturalWidth > 300"
@@ -148,7 +145,7 @@ def test_moving_a_slider_draws_the_picture_again(opened, tmp_path):
     assert not [output for _, cell in outputs(window) for output in cell if output["output_type"] == "error"]
     before = pictures(window)
     assert len(before) == 2
-    scroll_to(window, cell_with(window, "plot_cuts(table, cut)"))
+    scroll_to(window, "plot_cuts(table, cut)")
     slider = window.locator(".widget-slider .noUi-handle").first
     slider.wait_for(timeout=1000 * REDRAW_SECONDS)
     window.screenshot(path=tmp_path / "before.png")
@@ -158,5 +155,5 @@ def test_moving_a_slider_draws_the_picture_again(opened, tmp_path):
     window.wait_for_function(first.format(CELLS), arg=before[0], timeout=1000 * REDRAW_SECONDS)
     after = pictures(window)
     assert len(after) == 2 and after[0] != before[0] and after[1] == before[1]
-    scroll_to(window, cell_with(window, "plot_cuts(table, cut)"))
+    scroll_to(window, "plot_cuts(table, cut)")
     window.screenshot(path=tmp_path / "after.png")

@@ -17,7 +17,7 @@ import fsl_sage
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-LIBRARY = sorted((ROOT / "nbs").glob("**/[!.]*.ipynb"))  # and the tutorials
+LIBRARY = sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "tutorials").glob("*.ipynb")])
 FIGURES = sorted((ROOT / "figures").glob("*.ipynb"))
 CONDA_NAMES = {"torch": "pytorch"}  # where conda-forge calls a package otherwise
 ONLY_FOR_NOTEBOOKS = (
