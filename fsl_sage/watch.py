@@ -43,6 +43,11 @@ class Look:
         "Of the angle between both, in [-1, 1]: 1 is the right direction."
         return float(estimate_error(self.est_cut_grad, self.cut_grad)[1])
 
+    @property
+    def length(self) -> float:
+        "‖estimate‖ / ‖truth‖: below 1 the estimate is too timid."
+        return float(self.est_cut_grad.norm() / self.cut_grad.norm())
+
 
 def look(
     state: State,  # of an algorithm with auxiliary models; stays as it is
@@ -107,13 +112,14 @@ def plot_look(
         row[1].imshow(seen.smashed[sample].mean(0), cmap="gray")
         for i, channel in enumerate(channels):
             pair = seen.cut_grad[sample, channel], seen.est_cut_grad[sample, channel]
-            limit = float(torch.stack(pair).abs().max())
             for ax, gradient in zip(row[2 + 2 * i :], pair, strict=False):
+                limit = float(gradient.abs().max())
                 ax.imshow(gradient, cmap="RdBu_r", vmin=-limit, vmax=limit)
     names = ["image", "activations", *(f"ch. {c}\n{whose}" for c in channels for whose in ("server", "estimate"))]
     for ax, name in zip(axes, names, strict=False):
         ax.set_title(name, fontsize="x-small")
     for ax in axes:
         ax.set(xticks=[], yticks=[])
-    figure.suptitle(f"cosine {seen.cosine:+.2f}, normalised squared error {seen.error:.2f}", fontsize="small")
+    words = f"cosine {seen.cosine:+.2f}, estimate {seen.length:.2f} times as long, squared error {seen.error:.2f}"
+    figure.suptitle(words, fontsize="small")
     return figure
