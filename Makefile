@@ -21,7 +21,7 @@ help:
 	@echo 'make bench     time every round against bare compute; table and picture into benchmarks/results/'
 	@echo '               DEVICE=auto   BENCH="--precision bf16 --threads 2" (benchmarks/bench.py --help lists all)'
 	@echo 'make docs      the documentation as a site: _docs/index.html, to open as a file; nothing is fetched'
-	@echo 'make lab       JupyterLab on the notebooks'
+	@echo 'make lab       JupyterLab, beginning with "Start here" (nbs/index.ipynb)'
 	@echo 'make clean     remove .venv, caches and executed notebooks; finished runs (runs/) and the gallery stay'
 	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
 
@@ -45,7 +45,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(BENCH)
 
 lab: $(READY)
-	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 # The theme announces its successor on every build.
 docs: $(READY)

@@ -112,7 +112,7 @@ def smashed_data(client: nn.Module, images: Images, mean: Sequence[float], std: 
     "Smashed data of `images`, in eval mode."
     return torch.cat([client.eval()(normalise(x, mean, std)) for x in images.x.split(500)])
 
-
+# %% ../nbs/14b_leakage.ipynb #0432c79c
 def measure_leakage(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
@@ -144,7 +144,7 @@ def measure_leakage(
     table = pd.DataFrame(rows, columns=["decoder_seed", "reconstruction_loss", "ssim", "distance_correlation"])
     return Leakage(history, pick, table, test_x[image].cpu(), test_z[image].cpu(), first)
 
-
+# %% ../nbs/14b_leakage.ipynb #17d00e12
 def measure_all(
     experiments: Sequence[Experiment],
     device: str | torch.device = "auto",

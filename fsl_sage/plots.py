@@ -35,6 +35,7 @@ STYLES = {
 AXES = {
     "round": "communication round",
     "gigabytes": "communication [GB]",  # bytes / 1024³, as the paper's axes
+    "mebibytes": "communication [MiB]",  # of small runs
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
     "train_loss": "training loss",

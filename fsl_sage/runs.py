@@ -342,7 +342,7 @@ def leftovers(
     parents = store, store / "diverged", store / "progress", store / "models"
     return [path for parent in parents for path in sorted(parent.glob(f".{name}-*"))]
 
-
+# %% ../nbs/10_runs.ipynb #cfca0984
 @contextmanager
 def run_lock(
     store: Path,
@@ -602,7 +602,7 @@ def _train_all(
             missing = busy
     return failed
 
-
+# %% ../nbs/10_runs.ipynb #1dad6dc8
 def train_missing(
     store: Path,  # root of the store
     experiments: Iterable[Experiment],

@@ -17,10 +17,12 @@ import fsl_sage
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
+LIBRARY = sorted([*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs" / "tutorials").glob("*.ipynb")])
 FIGURES = sorted((ROOT / "figures").glob("*.ipynb"))
 CONDA_NAMES = {"torch": "pytorch"}  # where conda-forge calls a package otherwise
-ONLY_FOR_NOTEBOOKS = ("nbdev", "execnb", "fastcore", "IPython", "ipykernel", "jupyter_client", "nbformat", "papermill")
+ONLY_FOR_NOTEBOOKS = (
+    "nbdev", "execnb", "fastcore", "IPython", "ipykernel", "ipywidgets", "jupyter_client", "nbformat", "papermill",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,8 @@ def test_stored_outputs_are_for_every_reader(notebook):
     outputs = [output for cell in code_cells(notebook) for output in cell["outputs"]]
     unwanted = [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert not unwanted, "warnings, progress bars or errors among the stored outputs"
+    views = [output for output in outputs if any("widget" in kind for kind in output.get("data", ()))]
+    assert not views, "a widget, which nobody could see without a kernel: store what nbconvert --execute makes"
     texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in outputs]
     assert not re.search(r"/(home|root|tmp|Users)/|\x1b\[", "".join(map("".join, texts))), "a machine's path"
 
