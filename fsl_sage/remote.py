@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'Placed', 'placed', 'elsewhere', 'Outline', 'MessageError', 'encode', 'decode', 'check', 'Mail',
-           'WireLedger', 'place_name', 'WireLink', 'outline_of', 'take_places', 'introduce', 'check_remote', 'join',
-           'share_losses', 'play', 'is_spent', 'is_due', 'fetch_models', 'serve', 'take_part', 'step_schedules']
+           'WireLedger', 'place_name', 'WireLink', 'taken', 'outline_of', 'take_places', 'introduce', 'check_remote',
+           'join', 'share_losses', 'play', 'is_spent', 'is_due', 'fetch_models', 'serve', 'take_part', 'step_schedules']
 
 # %% ../nbs/19_remote.ipynb #d27da13c
 import json
@@ -250,12 +250,16 @@ class WireLink(Link):
         if wire.place == sender:
             wire.send(receiver, named)
         arrived = wire.receive(sender, named) if wire.place == receiver else None
-        values = tuple(_taken(kind, value, arrived) for kind, value in message.items())
+        values = tuple(taken(kind, value, arrived) for kind, value in message.items())
         return values if len(values) > 1 else values[0]
 
 
-def _taken(kind: str, value: nn.Module | dict[str, Tensor] | Tensor, arrived: dict[str, Tensor] | None):
-    "What is here of one value of a message after it was sent."
+def taken(
+    kind: str,  # of the value
+    value: nn.Module | dict[str, Tensor] | Tensor,  # as it was sent; a model becomes what has arrived
+    arrived: dict[str, Tensor] | None,  # the whole message by dotted names; None: not here
+) -> dict[str, Tensor] | Tensor:
+    "What is here of one value of a message."
     if isinstance(value, Tensor):
         return _gone(value) if arrived is None else arrived[f"{kind}."]
     if arrived is not None:
@@ -398,7 +402,7 @@ def fetch_models(state: State, ledger: WireLedger, algorithm: Algorithm) -> None
         if ledger.place == i:
             ledger.send(SERVER, named)
         elif ledger.place == SERVER:
-            _taken("evaluation", part.model, ledger.receive(i, named))
+            taken("evaluation", part.model, ledger.receive(i, named))
 
 # %% ../nbs/19_remote.ipynb #089a819b
 def serve(

@@ -12,7 +12,7 @@ from fsl_sage.ledger import KINDS
 from fsl_sage.ranks import RankMail, train_on_ranks
 from fsl_sage.runs import RunStore
 
-counted, in_memory = {}, []
+counted = {}
 
 
 class CountingMail(RankMail):
@@ -23,7 +23,9 @@ class CountingMail(RankMail):
 
 
 def interface_bytes():
-    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+    """Bytes this network namespace's loopback interface has sent."""
+    (line,) = [line for line in Path("/proc/self/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
+    return int(line.split()[9])
 
 
 def main(store, plan):
