@@ -7,7 +7,7 @@ __all__ = ['ONE_EXCHANGE', 'Exchange', 'MOST', 'Question', 'AskingMail', 'NotYet
            'answer', 'ask_clients', 'opened', 'GridExchange', 'server_app', 'client_app']
 
 # %% ../nbs/20_flower.ipynb #39aa5904
-import shlex
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
-from .config import Experiment
+from .config import Experiment, from_dict
 from .core import choose_device, one_of
 from .federation import LocalData, State
 from .ledger import Ledger
 from fsl_sage.remote import (
-    SERVER, MessageError, WireLedger, check_remote, decode, join, place_name, play, serve, step_schedules,
+    SERVER, MessageError, WireLedger, check_remote, decode, join, line, place_name, play, serve, step_schedules,
 )  # fmt: skip
 from .split import LOSSES
 from .training import ALGORITHMS, Bench, History, client_data, prepare
@@ -239,18 +239,20 @@ class GridExchange:
         self.nodes: dict[int, int] = {}  # client → node
 
     def __call__(self, questions: dict[int, Question]) -> dict[int, list[bytes]]:
-        if not self.nodes:
-            self.nodes = self._meet()
-        records = {self.nodes[i]: asdict(question) for i, question in questions.items()}
-        replies, clients = self._send("train", records), {node: i for i, node in self.nodes.items()}
+        if self.nodes:
+            replies = self._send({self.nodes[i]: question for i, question in questions.items()})
+        else:  # who are you? It is the same question for all
+            replies = self._send(dict.fromkeys(self._wait(), questions[0]))
+            self.nodes = self._who(replies)
+        clients = {node: i for i, node in self.nodes.items()}
         return {clients[node]: opened(record, place_name(clients[node])) for node, record in replies.items()}
 
-    def _send(self, kind: str, records: dict[int, dict[str, Any]]) -> dict[int, Any]:
+    def _send(self, questions: dict[int, Question]) -> dict[int, Any]:  # by node
         from flwr.app import ConfigRecord, Message, RecordDict
 
         messages = [
-            Message(RecordDict({"question": ConfigRecord(record)}), dst_node_id=node, message_type=kind)
-            for node, record in records.items()
+            Message(RecordDict({"question": ConfigRecord(asdict(question))}), dst_node_id=node, message_type="train")
+            for node, question in questions.items()
         ]
         replies = {}
         for reply in self.grid.send_and_receive(messages, timeout=self.seconds):
@@ -260,25 +262,24 @@ class GridExchange:
             replies[node] = reply.content.get("answer")
         return replies
 
-    def _meet(self) -> dict[int, int]:
-        "Wait until all clients are there, and ask which is which."
+    def _wait(self) -> list[int]:
+        "The nodes, when all are there."
         until = time.monotonic() + self.seconds
         while len(nodes := list(self.grid.get_node_ids())) < self.n:
             if time.monotonic() > until:
                 raise MessageError(f"{len(nodes)} of {self.n} clients are there after {self.seconds:g} s")
             time.sleep(0.5)
-        replies = self._send("query", {node: {} for node in nodes})
-        found = {int(record["client"]): node for node, record in replies.items()}
-        if sorted(found) != list(range(self.n)):
-            raise MessageError(f"clients {sorted(found)} are there, where 0 to {self.n - 1} were expected")
+        return nodes
+
+    def _who(self, replies: dict[int, Any]) -> dict[int, int]:  # client → node
+        found = {record.get("client"): node for node, record in replies.items() if hasattr(record, "get")}
+        if found.keys() != set(range(self.n)):
+            raise MessageError(f"clients {list(found)} are there, where 0 to {self.n - 1} were expected")
         return found
 
 # %% ../nbs/20_flower.ipynb #3948ddb9
-def _job(words: str) -> Any:
-    from fsl_sage.cli import jobs_of
-
-    (job,) = jobs_of(shlex.split(words))
-    return job
+def _experiment(context: Any) -> Experiment:
+    return from_dict(json.loads(str(context.run_config["experiment"])))
 
 
 def server_app() -> "ServerApp":
@@ -289,13 +290,12 @@ def server_app() -> "ServerApp":
 
     @app.main()
     def main(grid: "Grid", context: Any) -> None:
-        from fsl_sage.ranks import line
         from fsl_sage.runs import RunStore
 
-        job, start = _job(str(context.run_config["words"])), time.perf_counter()
-        exchange = GridExchange(grid, job.experiment.num_clients, float(context.run_config["seconds"]))
-        history = ask_clients(job.experiment, exchange, job.options.device, job.options.data_root, line)
-        print(f"stored in {RunStore().save(history, time.perf_counter() - start, job.options.device)}", flush=True)
+        experiment, start, config = _experiment(context), time.perf_counter(), context.run_config
+        device, exchange = str(config["device"]), GridExchange(grid, experiment.num_clients, float(config["seconds"]))
+        history = ask_clients(experiment, exchange, device, config.get("data-root") or None, line)
+        print(f"stored in {RunStore().save(history, time.perf_counter() - start, device)}", flush=True)
 
     return app
 
@@ -307,18 +307,13 @@ def client_app() -> "ClientApp":
 
     app = ClientApp()
 
-    @app.query()
-    def who(message: Message, context: Any) -> Message:
-        record = ConfigRecord({"client": int(context.node_config["partition-id"])})
-        return Message(RecordDict({"answer": record}), reply_to=message)
-
     @app.train()
     def train(message: Message, context: Any) -> Message:
-        job, place = _job(str(context.run_config["words"])), int(context.node_config["partition-id"])
-        device, root = choose_device(job.options.device), context.node_config.get("data-root", job.options.data_root)
-        own = client_data(job.experiment, prepare(job.experiment, device, root)[0])[place]
+        experiment, node = _experiment(context), context.node_config
+        place, device = int(node["partition-id"]), choose_device(str(node.get("device", "auto")))
+        own = client_data(experiment, prepare(experiment, device, node.get("data-root"))[0])[place]
         question = Question(**dict(message.content["question"]))
-        ups = answer(job.experiment, place, own, str(context.node_config["folder"]), question, device)
-        return Message(RecordDict({"answer": ConfigRecord({"ups": ups})}), reply_to=message)
+        ups = answer(experiment, place, own, str(node["folder"]), question, device)
+        return Message(RecordDict({"answer": ConfigRecord({"client": place, "ups": ups})}), reply_to=message)
 
     return app

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SERVER', 'Placed', 'placed', 'elsewhere', 'Outline', 'MessageError', 'encode', 'decode', 'check', 'Mail',
            'WireLedger', 'place_name', 'WireLink', 'taken', 'outline_of', 'take_places', 'introduce', 'check_remote',
-           'join', 'share_losses', 'play', 'is_spent', 'is_due', 'fetch_models', 'serve', 'take_part', 'step_schedules']
+           'join', 'share_losses', 'play', 'is_spent', 'is_due', 'fetch_models', 'serve', 'take_part', 'line',
+           'step_schedules']
 
 # %% ../nbs/19_remote.ipynb #d27da13c
 import json
@@ -451,6 +452,14 @@ def take_part(
             fetch_models(state, ledger, algorithm)
         step_schedules(state)
         more, rnd = bool(ledger.receive(SERVER, {"more.": torch.tensor(True)})["more."]), rnd + 1
+
+
+def line(
+    row: dict[str, Any],  # of `History.rounds`
+) -> None:
+    "Print what a round has come to."
+    accuracy, spent = row["test_accuracy"], row["paper_bytes"] / 2**20
+    print(f"round {row['round']}: accuracy {accuracy:.3f}, {spent:.1f} MiB", flush=True)
 
 
 def step_schedules(state: State) -> None:
