@@ -9,7 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-EXTRAS = ("dev", "privacy", "tensorboard", "wandb")
+EXTRAS = ("dev", "distributed", "privacy", "tensorboard", "wandb")
 
 setup(
     name=settings["lib_name"],

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .config import Experiment
 from .core import choose_device, require
-from .remote import SERVER, WireLedger, check_remote, join, line, serve, take_part
+from .remote import SERVER, WireLedger, check_remote, join, line, serve, attend
 from .runs import RunStore
 from .split import LOSSES
 from .training import ALGORITHMS, Bench, History, client_data, prepare
@@ -69,7 +69,7 @@ def train_on_ranks(
     ledger = WireLedger(place=place, mail=mail, device=device)
     if place != SERVER:
         del dataset, validation
-        return take_part(join(experiment, algorithm, ledger, own), ledger, algorithm)
+        return attend(join(experiment, algorithm, ledger, own), ledger, algorithm)
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
     return serve(join(experiment, algorithm, ledger), ledger, algorithm, bench, line if progress else lambda row: None)
 

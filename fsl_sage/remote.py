@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SERVER', 'Placed', 'placed', 'elsewhere', 'Outline', 'MessageError', 'encode', 'decode', 'check', 'Mail',
            'WireLedger', 'place_name', 'WireLink', 'taken', 'outline_of', 'take_places', 'introduce', 'check_remote',
-           'join', 'share_losses', 'play', 'is_spent', 'is_due', 'fetch_models', 'serve', 'take_part', 'line',
+           'join', 'share_losses', 'play', 'is_spent', 'is_due', 'fetch_models', 'serve', 'attend', 'line',
            'step_schedules']
 
 # %% ../nbs/19_remote.ipynb #d27da13c
@@ -138,7 +138,7 @@ def decode(
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        plain = json.loads(header.get("__metadata__", {}).get("plain", "{}"))
+        plain = json.loads((header.get("__metadata__") or {}).get("plain", "{}"))
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise MessageError(f"no message of ours ({error})") from error
     if not isinstance(plain, dict):
@@ -439,7 +439,7 @@ def serve(
     return history("budget" if is_spent(experiment, ledger) else "rounds")
 
 
-def take_part(
+def attend(
     state: State,  # the client's
     ledger: WireLedger,
     algorithm: Algorithm,

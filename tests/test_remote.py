@@ -61,7 +61,7 @@ ENTRY = st.fixed_dictionaries({
 
 
 @settings(max_examples=2000, deadline=None)
-@given(header=st.dictionaries(st.sampled_from([*TENSORS, "__metadata__", "x"]), ENTRY | JSON), tail=st.binary(max_size=60))
+@given(st.dictionaries(st.sampled_from([*TENSORS, "__metadata__", "x"]), ENTRY | JSON), st.binary(max_size=60))
 def test_headers_that_lie_are_refused(header, tail):
     text = json.dumps(header).encode()
     decoded_or_refused(len(text).to_bytes(8, "little") + text + tail)
