@@ -1,0 +1,92 @@
+"""A server and clients in processes of their own, over the loopback interface, give what the simulation gives."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fsl_sage.config import preset
+from fsl_sage.remote import check_remote
+from fsl_sage.runs import RunStore
+from fsl_sage.training import ALGORITHMS, train
+
+SMALL = {"num_clients": 2, "rounds": 2, "dataset.max_train": 100, "dataset.max_test": 20, "dataset.val_size": 20}
+SMALL |= {"dataset.distribution": "noniid_dirichlet", "model.width": 8, "model.client.batch_size": 16}
+OWN = {
+    "fsl_sage": {"algorithm.align_epochs": 2, "algorithm.align_interval": 2, "algorithm.server_update_interval": 2},
+    "sglr": {"algorithm.lr_power": 1.0},
+}
+EXPERIMENTS = {name: preset("smoke", name, **SMALL | OWN.get(name, {})) for name in ALGORITHMS if name != "centralised"}
+EXPERIMENTS["fsl_sage, jointly"] = EXPERIMENTS["fsl_sage"].replace(**{"algorithm.align_jointly": True})
+EQUAL = {"dataset.distribution": "balanced", "dataset.max_train": 200, "algorithm.active_fraction": 0.5}
+EXPERIMENTS["sglr, averaged"] = EXPERIMENTS["sglr"].replace(**EQUAL)
+BUDGET = {"rounds": 5, "comm_threshold_mb": 1.0, "eval_every": 3}
+EXPERIMENTS["psl, within a budget"] = EXPERIMENTS["psl"].replace(**BUDGET)
+PROGRAM = Path(__file__).parent / "ranks_program.py"
+OWN_NETWORK = ["unshare", "--net", "--map-root-user"]  # a loopback interface that nobody else uses
+UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x49))"
+
+
+def has_own_network():
+    return shutil.which("unshare") and not subprocess.run([*OWN_NETWORK, sys.executable, "-c", UP]).returncode
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """All experiments in one group of ranks: the store, and what was sent for each, by its hash."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "plan.json").write_text(json.dumps([e.to_dict() for e in EXPERIMENTS.values()]))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", PROGRAM, folder, folder / "plan.json"]
+    command = [sys.executable, *map(str, words)]
+    if has_own_network():
+        start = f"{UP}; import os, sys; os.execv(sys.executable, {command!r})"
+        command = [*OWN_NETWORK, sys.executable, "-c", start]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return RunStore(folder), {line.pop("hash"): line for line in lines}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_ranks_end_with_the_history_of_the_simulation(on_ranks, name):
+    store, _ = on_ranks
+    one, other = train(EXPERIMENTS[name], "cpu", progress=False), store.find(EXPERIMENTS[name])
+    for table in ("rounds", "alignments", "ledger"):
+        pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
+    assert one.stopped == other.stopped
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "sglr, averaged"])
+def test_what_the_ledger_calls_wire_is_what_is_sent(on_ranks, name):
+    store, sent = on_ranks
+    experiment = EXPERIMENTS[name]
+    assert sent[experiment.hash]["ledger"] == store.find(experiment).ledger["bytes"].sum()
+
+
+@pytest.mark.skipif(not has_own_network(), reason="no network namespace: others use the loopback interface too")
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "sglr, averaged"])
+def test_the_interface_carries_little_more_than_the_messages(on_ranks, name):
+    _, sent = on_ranks
+    messages = dict(sent[EXPERIMENTS[name].hash])
+    interface = messages.pop("interface")
+    assert sum(messages.values()) < interface < 1.03 * sum(messages.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("fed_avg", {"algorithm.share_server": True}),
+        ("fsl_sage", {"algorithm.warm_start": True}),
+        ("fsl_sage", {"algorithm.align_tolerance": 0.1}),
+    ],
+)
+def test_what_cannot_be_taken_apart_is_refused(name, change):
+    (field,) = change
+    with pytest.raises(ValueError, match=field):
+        check_remote(EXPERIMENTS[name].replace(**change))
