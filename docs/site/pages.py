@@ -71,12 +71,13 @@ def said(notebook: Path) -> tuple[str, str]:  # title, description
 
 
 def for_python(text: str) -> str:
-    "What Jupyter's Markdown takes and Python's does not: a list right after a line, a bar in a formula in a table."
+    "What Jupyter takes and Python's Markdown does not: lists, formulas right after a line, bars in a table's formulas."
 
     def row(match: re.Match) -> str:
         return re.sub(r"\$[^$]+\$", lambda formula: re.sub(r"(?<!\\)\|", r"\\vert{}", formula[0]), match[0])
 
     text = re.sub(r"(?m)^(?!\s|[-*+] |\d+\. )(.+)\n(?=[-*+] |\d+\. )", r"\1\n\n", text)
+    text = re.sub(r"(?ms)^(\$\$.*?\$\$)$", r"\n\1\n", text)
     return re.sub(r"(?m)^\|.*$", row, text)
 
 
