@@ -126,9 +126,9 @@ def in_words(
     cut: pd.Series,  # a row of the table
 ) -> str:
     "What a cut costs, as a sentence."
-    parameters, flops = cut.client_params / 1e6, cut.client_flops / 1e6
+    size, work = f"{cut.client_params / 1e6:.3g} M parameters", f"{cut.client_flops / 1e6:.3g} MFLOP"
     wire = f"{cut.smashed_bytes / 2**10:.3g} KiB of smashed data a sample"
-    return f"Cut after {cut.name}: the client has {parameters:.3g} M parameters, computes {flops:.3g} MFLOP and sends {wire}"
+    return f"Cut after {cut.name}: the client has {size}, computes {work} and sends {wire}"
 
 # %% ../nbs/15_explore.ipynb #3a792edc
 def plot_cuts(
