@@ -128,12 +128,12 @@ def test_stored_pictures_are_whole_and_fit_the_page(png):
 
 
 @pytest.mark.parametrize("side", ["xlabel", "ylabel"])
-def test_cut_text_is_refused(tmp_path, side):
+def test_cut_text_is_named(tmp_path, side):
     figure, (ax,) = new_figure(width=COLUMN)
     ax.set(**{side: "words that go on and on " * 4})
-    with pytest.raises(ValueError, match=r"figure demo='\d\.\d\d inches'"):
+    with pytest.warns(UserWarning, match=r"figure demo: \d\.\d\d inches"):
         save_figure(figure, tmp_path, "demo", **WORDS)
-    assert sticks_out(figure) > 0.1 and list(tmp_path.iterdir()) == []
+    assert sticks_out(figure) > 0.1
 
 
 # How the three kinds of colour blindness see linear RGB (Machado, Oliveira, Fernandes, 2009, severity 1).
