@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .auxiliary import estimate_cut_grad, estimate_error, true_cut_grad
 from .config import Experiment
-from .core import choose_device, require
+from .core import arithmetic, choose_device, require
 from .federation import State
 from .ledger import Ledger
 from .plots import TEXT, new_figure
@@ -71,14 +71,18 @@ def watched_rounds(
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ledger: Ledger | None = None,  # what was sent; None: nobody wants to know
 ) -> Iterator[tuple[int, State]]:  # round, from -1; the state after it, which the next round changes
-    "Run `experiment`'s rounds one by one. Nothing is evaluated."
+    "Run `experiment`'s rounds one by one. Nothing is evaluated. `ValueError` with absent clients or a warm start."
+    require(experiment.participation == 1, "participation", experiment.participation, "1 for a run that is watched")
+    warm = experiment.algorithm.warm_start
+    require(not warm, "algorithm.warm_start", warm, "false for a run that is watched")
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], ledger or Ledger(phase="start")
     data = client_data(experiment, prepare(experiment, choose_device(device), root)[0])
     state = algorithm.init(experiment, data, ledger)
     yield -1, state
     ledger.phase = "round"
     for rnd in range(experiment.rounds):
-        algorithm.run_round(state, rnd, ledger)
+        with arithmetic(experiment.precision):
+            algorithm.run_round(state, rnd, ledger)
         for part in state.parts:
             part.step_schedule()
         yield rnd, state
