@@ -49,7 +49,7 @@ def on_ranks(tmp_path_factory):
         start = f"{UP}; import os, sys; os.execv(sys.executable, {command!r})"
         command = [*OWN_NETWORK, sys.executable, "-c", start]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return RunStore(folder), {line.pop("hash"): line for line in lines}
@@ -77,7 +77,7 @@ def test_the_interface_carries_little_more_than_the_messages(on_ranks, name):
     _, sent = on_ranks
     messages = dict(sent[EXPERIMENTS[name].hash])
     interface = messages.pop("interface")
-    assert sum(messages.values()) < interface < 1.03 * sum(messages.values())
+    assert interface == pytest.approx(sum(messages.values()), rel=0.03)  # less what the idle group says of itself
 
 
 @pytest.mark.parametrize(
