@@ -18,7 +18,7 @@ import torch
 
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import Experiment, from_dict
-from .core import choose_device, one_of
+from .core import choose_device, one_of, require
 from .federation import LocalData, State
 from .ledger import Ledger
 from fsl_sage.remote import (
@@ -202,6 +202,7 @@ def ask_clients(
     "Run `experiment` with clients that are asked. `MessageError` names a client whose answer is wrong."
     check_remote(experiment)
     one_of("algorithm.name", experiment.algorithm.name, ONE_EXCHANGE)
+    require(experiment.participation == 1, "participation", experiment.participation, "1 for clients that are asked")
     algorithm, device = ALGORITHMS[experiment.algorithm.name], choose_device(device)
     dataset, validation = prepare(experiment, device, root)
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from .checkpoint import Progress
 from .config import Experiment
 from .core import arithmetic, as_tensors, require, tensor_bytes
-from .federation import Algorithm, LocalData, Metrics, State, only_global
+from .clock import Attendance
+from .federation import Algorithm, LocalData, Metrics, State, asked_clients, only_global, take_part
 from .ledger import Ledger, Link, framing_bytes
 from .split import Part
 from fsl_sage.training import (
-    ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, first_bad_loss, round_row,
+    ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, first_bad_loss, register_of, round_row,
 )  # fmt: skip
 
 # %% ../nbs/19_remote.ipynb #42859e6a
@@ -329,6 +330,7 @@ def check_remote(experiment: Experiment) -> None:
     require(not config.share_server, "algorithm.share_server", True, "false between machines: no half can be shared")
     fine = "false between machines: the auxiliary models' optimisers would have to move from clients to server"
     require(not config.warm_start, "algorithm.warm_start", True, fine)
+    require(experiment.clock is None, "clock", experiment.clock, "left out between machines, where time is real")
     fine = "0 between machines: only the server could tell when to stop"
     require(config.align_tolerance == 0, "algorithm.align_tolerance", config.align_tolerance, fine)
     require(experiment.participation == 1, "participation", experiment.participation, "1 between machines")
@@ -378,6 +380,7 @@ def play(
     algorithm: Algorithm,
 ) -> Metrics:
     "This place's part of one round."
+    take_part(state, asked_clients(state.experiment, rnd), rnd, ledger)
     with arithmetic(state.experiment.precision):
         metrics = algorithm.run_round(state, rnd, ledger)
     share_losses(metrics, ledger)
@@ -416,7 +419,7 @@ def serve(
     each_round: Callable[[dict[str, Any]], None] = lambda row: None,  # told each row of `History.rounds`
 ) -> History:
     "All rounds, at the server. `DivergedError` when a loss is not finite."
-    experiment, done = state.experiment, Progress(0)
+    experiment, done, register = state.experiment, Progress(0), register_of(state, clock=False)
 
     def history(stopped: str) -> History:
         tables = pd.DataFrame(done.rounds), pd.DataFrame(done.alignments, columns=ALIGNMENT_COLUMNS)
@@ -432,7 +435,8 @@ def serve(
             ledger.send(i, {"more.": torch.tensor(more)})
         if bad:
             raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help", history("diverged"))
-        done.rounds.append(round_row(state, rnd, ledger, metrics, results))
+        columns = register.columns(Attendance(rnd, state.present, []), metrics, done.rounds)
+        done.rounds.append(round_row(state, rnd, ledger, metrics, results) | columns)
         done.alignments += alignment_rows(rnd, metrics)
         step_schedules(state)
         each_round(done.rounds[-1])

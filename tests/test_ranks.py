@@ -27,6 +27,8 @@ EQUAL = {"dataset.distribution": "balanced", "dataset.max_train": 200, "algorith
 EXPERIMENTS["sglr, averaged"] = EXPERIMENTS["sglr"].replace(**EQUAL)
 BUDGET = {"rounds": 5, "comm_threshold_mb": 1.0, "eval_every": 3}
 EXPERIMENTS["psl, within a budget"] = EXPERIMENTS["psl"].replace(**BUDGET)
+for name in ("fsl_sage", "psl", "ssl", "fed_avg"):
+    EXPERIMENTS[f"{name}, half of the clients"] = EXPERIMENTS[name].replace(participation=0.5, rounds=3)
 PROGRAM = Path(__file__).parent / "ranks_program.py"
 OWN_NETWORK = ["unshare", "--net", "--map-root-user"]  # a loopback interface that nobody else uses
 UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x49))"
@@ -47,7 +49,7 @@ def on_ranks(tmp_path_factory):
         start = f"{UP}; import os, sys; os.execv(sys.executable, {command!r})"
         command = [*OWN_NETWORK, sys.executable, "-c", start]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return RunStore(folder), {line.pop("hash"): line for line in lines}
@@ -75,7 +77,7 @@ def test_the_interface_carries_little_more_than_the_messages(on_ranks, name):
     _, sent = on_ranks
     messages = dict(sent[EXPERIMENTS[name].hash])
     interface = messages.pop("interface")
-    assert sum(messages.values()) < interface < 1.03 * sum(messages.values())
+    assert interface == pytest.approx(sum(messages.values()), rel=0.03)  # less what the idle group says of itself
 
 
 @pytest.mark.parametrize(
@@ -84,9 +86,10 @@ def test_the_interface_carries_little_more_than_the_messages(on_ranks, name):
         ("fed_avg", {"algorithm.share_server": True}),
         ("fsl_sage", {"algorithm.warm_start": True}),
         ("fsl_sage", {"algorithm.align_tolerance": 0.1}),
+        ("fsl_sage", {"clock.spread": 0.5}),
     ],
 )
 def test_what_cannot_be_taken_apart_is_refused(name, change):
-    (field,) = change
+    field = "clock" if "clock.spread" in change else next(iter(change))
     with pytest.raises(ValueError, match=field):
         check_remote(EXPERIMENTS[name].replace(**change))

@@ -184,9 +184,16 @@ def test_algorithms_that_exchange_at_every_step_are_refused(tmp_path):
         ask_clients(small("psl"), Clients(small("fed_avg"), tmp_path))
 
 
-def test_flower_apps_talk_in_one_process(tmp_path):
+def test_absent_clients_are_refused_where_clients_are_asked(tmp_path):
+    with pytest.raises(ValueError, match=r"participation=0.5"):
+        ask_clients(small("fed_avg", participation=0.5), Clients(small("fed_avg"), tmp_path))
+
+
+def test_flower_apps_talk_in_one_process(tmp_path, monkeypatch):
     """Server and client app as Flower calls them; its messages go through its own encoding."""
-    pytest.importorskip("flwr")
+    identity = pytest.importorskip("flwr.supercore.task_identity").TaskIdentity
+    for name in ("task_id", "run_id", "node_id"):  # Flower's launcher sets them in a process of its own
+        monkeypatch.setattr(identity, f"_{name}", 1)
     from flwr.app import Context, RecordDict
     from flwr.common.serde import message_from_proto, message_to_proto
 
