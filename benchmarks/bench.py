@@ -26,11 +26,10 @@ import psutil
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from fsl_sage.auxiliary import estimate_cut_grad, true_cut_grad
+from fsl_sage.clock import CountFlops
 from fsl_sage.config import PRECISIONS, Experiment, preset
 from fsl_sage.core import arithmetic, atomic_path, choose_device
 from fsl_sage.data import ClientData, Images
@@ -150,18 +149,6 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-class Flops(TorchDispatchMode):
-    """Counts the floating-point operations of products and convolutions; `FlopCounterMode` knows no `autograd.grad`."""
-
-    total = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        if count := flop_registry.get(operation._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 class Peak:
     """The most memory in use: of the GPU, or of this process less the files that are mapped into it."""
 
@@ -218,7 +205,7 @@ def measure(algorithm: str, args: argparse.Namespace, device: torch.device, most
     samples = args.batches * args.batch_size
     state, bare = (federation(experiment, samples, device) for _ in range(2))
     batches = [[list(local.batches(rnd)) for local in bare.data] for rnd in range(ROUNDS)]
-    with Flops() as counter:  # and warms up
+    with CountFlops() as counter:  # and warms up
         bare_compute(bare, batches, backward)
     run_rounds(state, 1)
     times: dict[str, list[float]] = {"round": [], "backward": [], "step": []}
@@ -228,7 +215,7 @@ def measure(algorithm: str, args: argparse.Namespace, device: torch.device, most
             times["round"].append(seconds(partial(run_rounds, state)))
             times["step"].append(seconds(partial(bare_compute, bare, batches, step)))
     ratios = [a / b for a, b in zip(times["round"], times["backward"], strict=True)]
-    rate = counter.total / statistics.median(times["round"])
+    rate = counter.flops / statistics.median(times["round"])
     return {
         "algorithm": algorithm, "label": label(experiment), "ratio": round(statistics.median(ratios), 3),
         "ratio_least": round(min(ratios), 3), "ratio_most": round(max(ratios), 3),

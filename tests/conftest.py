@@ -1,4 +1,4 @@
-"""What the tests share: threads, and small experiments."""
+"""What the tests share: threads, a browser, traces, a run that is stopped."""
 
 import json
 import shutil
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fsl_sage import training
 
 TRACES = sorted((Path(__file__).parent / "traces").glob("*.json"))
 
@@ -33,3 +35,19 @@ def read_trace(name: str) -> tuple[dict, list[dict]]:
     """A trace's settings and what was measured."""
     spec = json.loads((Path(__file__).parent / "traces" / f"{name}.json").read_text())
     return spec, spec.pop("trace")
+
+
+def stopped_after(saved, monkeypatch, experiment, path):
+    """Train until so many checkpoints are written; then the power is cut."""
+    left, save = [saved], training.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.train_state(experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0)

@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import pytest
 import torch
+from conftest import stopped_after
 from safetensors.torch import load_file, save_file
 
-from fsl_sage import training
 from fsl_sage.config import preset
 from fsl_sage.core import atomic_path
 from fsl_sage.training import ALGORITHMS, train, train_state
@@ -26,22 +26,6 @@ def tiny(algorithm: str, **changes):
 def assert_same(one, two):
     for table in ("rounds", "alignments", "ledger"):
         pd.testing.assert_frame_equal(getattr(one, table), getattr(two, table), check_exact=True)
-
-
-def stopped_after(saved, monkeypatch, experiment, path):
-    """Train until so many checkpoints are written; then the power is cut."""
-    left, save = [saved], training.save_checkpoint
-
-    def save_and_stop(*args):
-        save(*args)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_state(experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -4,8 +4,8 @@
 import pandas as pd
 import pytest
 import torch
+from conftest import stopped_after
 
-from fsl_sage import training
 from fsl_sage.baselines import BASELINES
 from fsl_sage.cli import comparison, help_text, jobs_of
 from fsl_sage.clock import Costs, Speed, attendances, attended_seconds, costs_of, latency, simulated_seconds, speeds
@@ -185,22 +185,6 @@ def test_what_is_sent_is_what_was_planned(algorithm):
 
 
 PARTIAL = {"participation": 0.5, "dataset.size_spread": 0.5, "rounds": 4}
-
-
-def stopped_after(saved, monkeypatch, experiment, path):
-    """Train until so many checkpoints are written; then the power is cut."""
-    left, save = [saved], training.save_checkpoint
-
-    def save_and_stop(*args):
-        save(*args)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_state(experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0)
 
 
 @pytest.mark.parametrize("algorithm", ["fed_avg", "fsl_sage", "sl_multi_server", "ssl", "psl"])
