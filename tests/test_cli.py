@@ -73,7 +73,8 @@ def test_sglr_readme_command_has_its_equivalent():
         "algorithm.lr_power=1 algorithm.active_fraction=1 algorithm.average_phase=initial "
         "algorithm.average_fraction=0.5 model.client.optimizer.scheduler.early=1"
     )
-    assert " ".join(command.split()) in " ".join((ROOT / "README.md").read_text("utf-8").replace("\\\n", " ").split())
+    shown = (ROOT / "docs" / "how_to" / "3_command_line.md").read_text("utf-8").replace("\\\n", " ")
+    assert " ".join(command.split()) in " ".join(shown.split())
     (job,) = jobs_of(command.split())
     assert job.experiment.algorithm.average_fraction == 0.5 and job.experiment.dataset.rgb32
     assert job.experiment.model.client.optimizer.scheduler.early == 1

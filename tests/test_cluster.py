@@ -31,7 +31,7 @@ def test_a_sweep_survives_the_loss_of_a_node(tmp_path):
     except FileNotFoundError as missing:
         pytest.skip(f"no network of its own for Ray ({missing.filename})")
     program = [sys.executable, str(ROOT / "tests" / "ray_program.py"), str(tmp_path), "8"]
-    done = in_a_process([*ALONE, *program], RAY_USAGE_STATS_ENABLED="0")
+    done = in_a_process([*ALONE, *program], RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["jobs"] == 2 and not result["failed"] and result["found"] == [True] * 8
