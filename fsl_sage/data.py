@@ -662,11 +662,13 @@ def plot_labels_per_client(
     ax=None,  # matplotlib axes; None = the current ones
 ):  # the axes
     "A heat map of how many samples of each class each client has."
-    import seaborn as sns  # only now: it brings pandas and scipy
+    import matplotlib.pyplot as plt  # only now: training needs none
 
-    ax = sns.heatmap(counts.numpy(), ax=ax, cmap="cividis", vmin=0, cbar_kws={"label": "samples"})
-    ax.set(xlabel="class", ylabel="client")
-    ax.tick_params(axis="y", rotation=0)
+    ax = ax or plt.gca()
+    image = ax.imshow(counts.numpy(), cmap="cividis", vmin=0, aspect="auto", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label="samples")
+    clients, classes = counts.shape
+    ax.set(xlabel="class", ylabel="client", xticks=range(classes), yticks=range(clients))
     return ax
 
 # %% ../nbs/01_data.ipynb #aecf573d

@@ -659,7 +659,7 @@ def test_heat_map_has_clients_and_classes():
 
     ax = data.plot_labels_per_client(torch.tensor([[1, 2, 3], [4, 5, 6]]), Figure().subplots())
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("class", "client")
-    assert ax.collections[0].get_array().tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert ax.images[0].get_array().tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 # ---------------------------------------------------------------- batches
