@@ -38,6 +38,7 @@ AXES = {
     "round": "communication round",
     "gigabytes": "communication [GB]",  # bytes / 1024³, as the paper's axes
     "mebibytes": "communication [MiB]",  # of small runs
+    "clock_seconds": "simulated seconds",
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
     "train_loss": "training loss",
