@@ -9,20 +9,22 @@ PYTHON = python3
 
 BIN = .venv/bin
 READY = .venv/.ready
+FLOWER = .venv-flower/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test bench lab docs clean
+.PHONY: help figures test test-flower bench lab docs clean
 
 help:
 	@echo 'make figures   regenerate the figures into figures/gallery'
 	@echo '               PRESET=quick (smoke: does it run? | paper: the published settings, for a GPU)'
 	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)'
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
+	@echo 'make test-flower   the tests with real clients and a real server, in an environment of their own (.venv-flower)'
 	@echo 'make bench     time every round against bare compute; table and picture into benchmarks/results/'
 	@echo '               DEVICE=auto   BENCH="--precision bf16 --threads 2" (benchmarks/bench.py --help lists all)'
 	@echo 'make docs      the documentation as a site: _docs/index.html, to open as a file; nothing is fetched'
 	@echo 'make lab       JupyterLab, beginning with "Start here" (nbs/index.ipynb)'
-	@echo 'make clean     remove .venv, caches and executed notebooks; finished runs (runs/) and the gallery stay'
+	@echo 'make clean     remove the environments, caches and executed notebooks; finished runs (runs/) and the gallery stay'
 	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
 
 $(READY): settings.ini pyproject.toml setup.py
@@ -41,6 +43,15 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest
 
+# Flower wants older versions of some packages than JupyterLab and Ray do. One process: the tests start several each.
+.venv-flower/.ready: $(READY)
+	$(PYTHON) -m venv .venv-flower
+	$(BIN)/uv pip install --python $(FLOWER)/python -e '.[distributed]' pytest pytest-xdist hypothesis psutil
+	@touch $@
+
+test-flower: .venv-flower/.ready
+	$(FLOWER)/pytest -n 0 $(wildcard tests/test_*flower*.py tests/test_remote.py tests/test_federate.py)
+
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(BENCH)
 
@@ -52,6 +63,6 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv figures/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _proc _docs
+	rm -rf .venv .venv-flower figures/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _proc _docs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
