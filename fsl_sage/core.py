@@ -64,7 +64,7 @@ def generator(
     seed: int,  # 0 or more
     *address: int | str,  # what the stream is for, for instance "order", client, round, epoch
 ) -> torch.Generator:  # on the CPU
-    "A random stream that depends on `seed` and `address` alone; different addresses give independent streams."
+    "A stream that depends on `seed` and `address` alone, independent of all others. `ValueError` if the seed is < 0."
     require(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number, 0 or more")
     # Words become numbers; +1 keeps every entry positive, since SeedSequence does not tell a trailing 0 from nothing.
     words = [zlib.crc32(a.encode()) + 1 if isinstance(a, str) else a + 1 for a in address]
@@ -92,7 +92,10 @@ def weighted_average(
     states: Iterable[dict[str, Tensor]],  # state dicts with the same names and shapes; one at a time is looked at
     weights: Sequence[float],  # one a state, each ≥ 0, summing to 1
 ) -> dict[str, Tensor]:
-    "Average of state dicts, entry by entry: Σ weight·entry (FedAvg's aggregation)."
+    """Average of state dicts, entry by entry: Σ weight·entry.
+
+    `ValueError` unless there is a weight for each model, all add up to 1, and the models are of one form
+    (FedAvg, McMahan et al., 2017, Algorithm 1)."""
     one = math.isclose(sum(weights), 1, rel_tol=1e-9)  # ten times 0.1 is not exactly 1
     ok = one and min(weights) >= 0
     require(ok, "weights", list(weights), "0 or more each and 1 in all")
@@ -112,7 +115,7 @@ def weighted_average(
 def as_tensors(
     value: nn.Module | dict[str, Tensor] | Tensor | Iterable[Tensor],  # a model, its state dict, a tensor or several
 ) -> dict[str, Tensor]:  # by name
-    "The tensors of `value` by name: what a message that carries it holds."
+    "The tensors of `value` by name: what a message that carries it holds. `ValueError` if it is anything else."
     if isinstance(value, Tensor):
         return {"": value}
     if isinstance(value, nn.Module):
