@@ -62,10 +62,10 @@ class Images:
 class Dataset:
     "Training and test images, and the numbers by which their pixels are normalised."
 
-    name: str
+    name: str  # as it was asked for
     train: Images
     test: Images
-    num_classes: int
+    num_classes: int  # labels are 0 … num_classes - 1
     mean: tuple[float, ...]  # of each channel, for pixels from 0 to 1
     std: tuple[float, ...]  # of each channel, for pixels from 0 to 1
 
@@ -124,7 +124,10 @@ def read_idx(
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
 
 # %% ../nbs/01_data.ipynb #6b7e50fb
-def idx_path(folder: Path, stem: str) -> Path:
+def idx_path(
+    folder: Path,
+    stem: str,  # one of the values of IDX_FILES
+) -> Path:  # which may not exist
     "The IDX file called `stem` in `folder`: plain if that is there, else with `.gz`."
     return folder / stem if (folder / stem).exists() else folder / f"{stem}.gz"
 
@@ -132,7 +135,7 @@ def idx_path(folder: Path, stem: str) -> Path:
 def read_idx_folder(
     folder: Path,  # with four IDX files, gzipped or not
 ) -> Arrays:
-    "The arrays of a folder of MNIST's form."
+    "The arrays of a folder of MNIST's form; `ValueError` that names the file if one is missing or damaged."
     return {key: read_idx(idx_path(folder, stem), ndim=3 if key[0] == "x" else 1) for key, stem in IDX_FILES.items()}
 
 # %% ../nbs/01_data.ipynb #fcb4ba94
@@ -149,7 +152,9 @@ def read_image(
         raise broken(path, f"cannot be read as a picture ({error})") from error
 
 # %% ../nbs/01_data.ipynb #488c6450
-def visible(folder: Path) -> list[Path]:
+def visible(
+    folder: Path,  # need not exist
+) -> list[Path]:
     "What lies in `folder` (nothing if it is not there), hidden files left out, in alphabetical order."
     return sorted(p for p in folder.glob("*") if not p.name.startswith("."))
 
@@ -179,7 +184,7 @@ def read_image_folder(
 
 # %% ../nbs/01_data.ipynb #bd36cb18
 def check_arrays(
-    arrays: Arrays,
+    arrays: Arrays,  # as a reader returns them
     path: Path,  # where they were read, for the message
     num_classes: int | None = None,  # labels must be below this; None = any
     channels: int | None = None,  # images must have this many; None = any
@@ -212,7 +217,7 @@ def check_arrays(
 
 # %% ../nbs/01_data.ipynb #3e9e1e4a
 EMBEDDED = Path(str(files("fsl_sage") / "embedded"))
-HALF = (0.5,)
+HALF = (0.5,)  # without better knowledge pixels are brought from [0, 1] to [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ class Known:
     num_classes: int | None = None  # None = as many as there are labels
     mean: tuple[float, ...] = HALF  # one number serves all channels
     std: tuple[float, ...] = HALF
-    channels: int | None = None
+    channels: int | None = None  # None = as many as the images have
     place: Path | None = None  # where else it may be
 
 
@@ -243,9 +248,9 @@ class BinaryArchive:
     "An archive of CIFAR's binary version."
 
     file: str  # beside torchvision's own on the same server
-    md5: str
+    md5: str  # checksum, hexadecimal
     train: tuple[str, ...]  # members with training images
-    test: tuple[str, ...]
+    test: tuple[str, ...]  # members with test images
     labels: int  # bytes before the pixels; the last is the label (CIFAR-100 has the coarse one first)
 
 
@@ -269,8 +274,8 @@ CIFAR = {
 # %% ../nbs/01_data.ipynb #995b72af
 def read_cifar(
     path: Path,  # the downloaded archive
-    archive: BinaryArchive,
-) -> Arrays:
+    archive: BinaryArchive,  # what is in it
+) -> Arrays:  # images (n, 32, 32, 3) uint8, labels (n,) uint8
     "The arrays of a CIFAR archive, read without unpacking it to disk."
     arrays: Arrays = {}
     with tarfile.open(path) as tar:
@@ -281,13 +286,13 @@ def read_cifar(
             arrays |= {f"x_{split}": pixels.transpose(0, 2, 3, 1), f"y_{split}": records[:, archive.labels - 1]}
     return arrays
 
-# %% ../nbs/01_data.ipynb #34ee84e9
+# %% ../nbs/01_data.ipynb #1da6dde3
 FETCH_ERRORS = (OSError, HTTPException, RuntimeError)  # no network, server in trouble, checksum differs
 
 
 def fetch(
     urls: Sequence[str],  # of the same file on several servers
-    folder: Path,
+    folder: Path,  # where the file goes
     md5: str,  # checksum, hexadecimal
 ) -> None:
     "Download a file from the first server that has it whole; `OSError` that says what each answered if none has."
@@ -301,9 +306,12 @@ def fetch(
             errors.append(f"{url}: {error}")
     raise OSError("; ".join(errors))
 
-# %% ../nbs/01_data.ipynb #1da6dde3
-def fetch_cifar(name: str, folder: Path) -> Arrays:
-    "Download CIFAR-10 or CIFAR-100 into `folder` and read it."
+# %% ../nbs/01_data.ipynb #e54f85df
+def fetch_cifar(
+    name: str,  # cifar10 or cifar100
+    folder: Path,  # where the archive goes
+) -> Arrays:
+    "Download CIFAR-10 or CIFAR-100 into `folder` and read it; one of FETCH_ERRORS if that fails."
     from torchvision.datasets import CIFAR10
 
     archive = CIFAR[name]
@@ -311,8 +319,11 @@ def fetch_cifar(name: str, folder: Path) -> Arrays:
     return read_cifar(folder / archive.file, archive)
 
 
-def fetch_idx(name: str, folder: Path) -> Arrays:
-    "Download MNIST or Fashion-MNIST into `folder` and read it."
+def fetch_idx(
+    name: str,  # mnist or fmnist
+    folder: Path,  # where the files go
+) -> Arrays:
+    "Download MNIST or Fashion-MNIST into `folder` and read it; one of FETCH_ERRORS if that fails."
     from torchvision.datasets import MNIST, FashionMNIST
 
     source = {"mnist": MNIST, "fmnist": FashionMNIST}[name]
@@ -333,7 +344,7 @@ def download_dataset(
     name: str,  # one of FETCH
     root: Path,  # `<root>/<name>.npz` is written
 ) -> Arrays:
-    "Download a data set (checksum compared), keep it as `<root>/<name>.npz` and return its arrays."
+    "Download a data set (checksum compared) and keep it as `<root>/<name>.npz`; one of FETCH_ERRORS if that fails."
     with tempfile.TemporaryDirectory(prefix="fsl_sage-") as folder:
         arrays = FETCH[name](name, Path(folder))
     with atomic_path(root / f"{name}.npz") as path:
@@ -348,14 +359,19 @@ def data_root(
     return Path(root or os.environ.get("FSL_SAGE_DATA") or user_cache_dir("fsl_sage")).expanduser()
 
 
-def places(name: str, root: Path) -> list[Path]:
+def places(
+    name: str,  # of a data set, known or the user's own
+    root: Path,  # from `data_root`
+) -> list[Path]:
     "Where the data set `name` may be, in the order of looking."
     own = [root / f"{name}.npz", root / name, *([root] if name == "imagefolder" else [])]
     place = KNOWN[name].place if name in KNOWN else None
     return own + ([place] if place else [])
 
 
-def reader_of(path: Path) -> Callable[..., Arrays] | None:
+def reader_of(
+    path: Path,  # one of `places`
+) -> Callable[..., Arrays] | None:
     "The function that reads what is at `path`; None if there is no data set."
     if path.is_file() and path.suffix == ".npz":
         return read_npz
@@ -367,19 +383,24 @@ def reader_of(path: Path) -> Callable[..., Arrays] | None:
 MADE: dict[str, Callable[[Path], Arrays]] = {}  # data set → function of the data root; for plug-ins
 
 
+def _made(name: str, root: Path) -> Arrays:
+    "The arrays of the data set that a plug-in's function makes."
+    arrays = MADE[name](root)
+    made = isinstance(arrays, dict) and {type(arrays.get(key)) for key in KEYS} == {np.ndarray}
+    require(made, f"data set {name!r}", type(arrays).__name__, f"a table of the arrays {', '.join(KEYS)}")
+    return arrays
+
+# %% ../nbs/01_data.ipynb #715177c4
 def find_arrays(
-    name: str,
-    root: Path,
-    download: bool = True,
+    name: str,  # of a data set, known or the user's own
+    root: Path,  # from `data_root`
+    download: bool = True,  # whether the network may be used as the last resort
     image_size: int | None = None,  # only for folders of pictures
 ) -> tuple[Arrays, Path]:  # and where they were found
-    "Search for a data set; `FileNotFoundError` that lists every place if it is nowhere."
+    "Search for a data set; `FileNotFoundError` that lists every place if it is nowhere, `ValueError` if it is unfit."
     require(re.fullmatch(r"\w[\w.-]*", name) is not None, "dataset.name", name, "a plain name: letters, digits, _ . -")
     if name in MADE:
-        arrays = MADE[name](root)
-        made = isinstance(arrays, dict) and {type(arrays.get(key)) for key in KEYS} == {np.ndarray}
-        require(made, f"data set {name!r}", type(arrays).__name__, f"a table of the arrays {', '.join(KEYS)}")
-        return arrays, Path(f"plug-in:{name}")
+        return _made(name, root), Path(f"plug-in:{name}")
     looked = places(name, root)
     for path in looked:
         if reader := reader_of(path):
@@ -408,7 +429,7 @@ def as_images(
     split: str,  # train or test
     seed: int,  # of the random choice
 ) -> Images:
-    "Tensors of one split, cut down to a random choice of `limit` images."
+    "Tensors of one split, cut down to a random choice of `limit` images; `ValueError` if there are fewer."
     ok = limit is None or (isinstance(limit, int) and 1 <= limit <= len(y))
     require(ok, f"dataset.max_{split}", limit, f"None or a whole number from 1 to {len(y)}")
     if limit is not None:
@@ -443,7 +464,7 @@ def load(
 
 # %% ../nbs/01_data.ipynb #1a63bd32
 def class_balanced_part(
-    images: Images,
+    images: Images,  # of at least `per_class` a class
     per_class: int,  # images of each class
     seed: int = 0,  # of the random choice
 ) -> Images:  # in the order of `images`
@@ -457,7 +478,7 @@ def class_balanced_part(
 
 
 def make_fmnist_mini(
-    path: str | Path = EMBEDDED / "fmnist_mini.npz",
+    path: str | Path = EMBEDDED / "fmnist_mini.npz",  # the file to write
     seed: int = 0,  # that of the file in the package
 ) -> None:
     "Make the embedded file from all of Fashion-MNIST: 600 training and 100 test images of each class."
@@ -508,7 +529,7 @@ def apply_augmentation(
     x = x.view(-1, wide).index_select(0, (start + rows[:, None]).view(-1))
     return x.view(n, c * h, wide).gather(2, columns[:, None].expand(n, c * h, w)).view(n, c, h, w)
 
-
+# %% ../nbs/01_data.ipynb #63b16159
 def augment(
     x: Tensor,  # (batch, channel, height, width), uint8 or float
     gen: torch.Generator,  # on the CPU
@@ -524,9 +545,9 @@ def share_sizes(
     n: int,  # samples to share out
     num_clients: int,  # at most n / 2 with a spread
     spread: float,  # deviation of the logarithm of the shares; 0: equal shares
-    seed: int,
+    seed: int,  # of the partition
 ) -> list[int]:  # of each client
-    "How many samples each client gets; with a spread even numbers from 2 on."
+    "How many samples each client gets; with a spread even numbers from 2 on. `ValueError` if they do not suffice."
     if spread == 0:
         return [n // num_clients] * num_clients
     require(2 * num_clients <= n, "num_clients", num_clients, f"at most {n // 2} with dataset.size_spread={spread}")
@@ -534,13 +555,22 @@ def share_sizes(
     weights = np.exp(spread * (z - z.max()))
     return (2 + 2 * np.floor((n / 2 - num_clients) * weights / weights.sum()).astype(int)).tolist()
 
-
-def iid_parts(labels: np.ndarray, sizes: list[int], rng: np.random.Generator) -> list[np.ndarray]:
+# %% ../nbs/01_data.ipynb #dd606e71
+def iid_parts(
+    labels: np.ndarray,  # (N,)
+    sizes: list[int],  # of each client, from `share_sizes`
+    rng: np.random.Generator,
+) -> list[np.ndarray]:  # a client each: positions in `labels`
     "Random shares of these sizes."
     return np.split(rng.permutation(len(labels)), np.cumsum(sizes))[:-1]
 
 
-def shard_parts(labels: np.ndarray, num_clients: int, rng: np.random.Generator, shard_num: int) -> np.ndarray:
+def shard_parts(
+    labels: np.ndarray,  # (N,)
+    num_clients: int,  # m
+    rng: np.random.Generator,
+    shard_num: int,  # shards of each client, ≥ 1
+) -> np.ndarray:  # (client, shard_num · samples of a shard), positions in `labels`
     "`shard_num` equal shards of the samples sorted by label for each client; what is left over is chosen at random."
     shards = shard_num * num_clients
     size = len(labels) // shards
@@ -549,15 +579,20 @@ def shard_parts(labels: np.ndarray, num_clients: int, rng: np.random.Generator, 
     return by_label[rng.permutation(shards)].reshape(num_clients, shard_num * size)
 
 
-def balanced_parts(labels: np.ndarray, num_clients: int, rng: np.random.Generator, per_class: int) -> np.ndarray:
+def balanced_parts(
+    labels: np.ndarray,  # (N,)
+    num_clients: int,  # m
+    rng: np.random.Generator,
+    per_class: int,  # samples, at most those of the rarest class over m
+) -> np.ndarray:  # (client, classes · per_class), positions in `labels`
     "`per_class` samples of every class for each client."
     kept = [rng.permutation(np.flatnonzero(labels == c))[: per_class * num_clients] for c in np.unique(labels)]
     return np.concatenate([k.reshape(num_clients, per_class) for k in kept], axis=1)
 
 # %% ../nbs/01_data.ipynb #4f23a3d1
 def draw_classes(
-    rng: np.random.Generator,
-    proportions: np.ndarray,  # (classes,), ≥ 0
+    rng: np.random.Generator,  # advanced
+    proportions: np.ndarray,  # p: (classes,), ≥ 0
     stock: np.ndarray,  # (classes,), samples left of each class, int64
     n: int,  # draws, at most stock.sum()
 ) -> np.ndarray:  # (n,), classes
@@ -575,7 +610,12 @@ def draw_classes(
     return drawn
 
 # %% ../nbs/01_data.ipynb #0d5426a3
-def dirichlet_parts(labels: np.ndarray, sizes: list[int], rng: np.random.Generator, alpha: float) -> list[np.ndarray]:
+def dirichlet_parts(
+    labels: np.ndarray,  # (N,)
+    sizes: list[int],  # of each client, from `share_sizes`
+    rng: np.random.Generator,
+    alpha: float,  # α > 0; small = clients differ much
+) -> list[np.ndarray]:  # a client each: positions in `labels`
     "Shares in class proportions drawn from Dir(α·1), a class that runs out dropped (FSL-SAGE's 'equal split')."
     labels = np.unique(labels, return_inverse=True)[1]
     stock = np.bincount(labels)
@@ -595,13 +635,20 @@ def dirichlet_parts(labels: np.ndarray, sizes: list[int], rng: np.random.Generat
 DISTRIBUTIONS = ("iid", "noniid", "noniid_dirichlet", "balanced")
 
 
-def is_count(value: object, top: int) -> bool:
+def is_count(
+    value: object,  # whatever the user gave
+    top: int,
+) -> bool:
     "Whether `value` is a whole number from 1 to `top`."
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= top
 
 
-def balanced_share(labels: np.ndarray, num_clients: int, samples_per_client: int | None) -> int:
-    "Samples per class and client: as asked, or as many as there are; `ValueError` if there are too few."
+def balanced_share(
+    labels: np.ndarray,  # (N,)
+    num_clients: int,
+    samples_per_client: int | None,  # as asked; None = as many as there are
+) -> int:  # samples per class and client
+    "What each client gets of each class; `ValueError` if there are too few."
     counts = np.bincount(labels)
     counts = counts[counts > 0]
     classes, most = len(counts), int(counts.min()) // num_clients
@@ -650,13 +697,13 @@ def partition(
 def labels_per_client(
     labels: Tensor,  # (N,), int64
     parts: Sequence[Tensor],  # a client each: positions in `labels`
-    num_classes: int,
+    num_classes: int,  # columns
 ) -> Tensor:  # (client, class), int64
     "How many samples of each class each client has."
     labels = labels.cpu()
     return torch.stack([labels[part].bincount(minlength=num_classes) for part in parts])
 
-
+# %% ../nbs/01_data.ipynb #60dff855
 def plot_labels_per_client(
     counts: Tensor,  # (client, class), from `labels_per_client`
     ax=None,  # matplotlib axes; None = the current ones
@@ -676,7 +723,7 @@ def plot_labels_per_client(
 class ClientData:
     "A client's images and the batches it trains on; `len()` is the number of its samples."
 
-    images: Images
+    images: Images  # its own, at least one
     mean: Sequence[float] | Tensor  # of each channel, for pixels from 0 to 1
     std: Sequence[float] | Tensor  # of each channel, for pixels from 0 to 1
     num_classes: int  # of the whole data set, not only of the labels this client has
@@ -716,12 +763,12 @@ class ClientData:
 
 # %% ../nbs/01_data.ipynb #6cd20a38
 def eval_batches(
-    images: Images,
+    images: Images,  # of the test set, or held out
     mean: Sequence[float] | Tensor,  # of each channel, for pixels from 0 to 1
     std: Sequence[float] | Tensor,  # of each channel, for pixels from 0 to 1
     batch_size: int = 1000,  # ≥ 1
 ) -> Iterator[tuple[Tensor, Tensor]]:  # (batch, channel, height, width) float32, (batch,) int64
-    "All images in their order, normalised and nothing else."
+    "All images in their order, normalised and nothing else. `ValueError` if the batch size is below 1."
     require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.x.device) for v in (mean, std))
     for x, y in zip(images.x.split(batch_size), images.y.split(batch_size), strict=True):
