@@ -26,6 +26,7 @@ from fsl_sage.split import (
 
 # %% ../nbs/04_auxiliary.ipynb #a34af8db
 def _resnet_auxiliary(split: SplitModel, size: str, shortcut=projection, init=init_weights) -> nn.Module:
+    "Of `size`, one of RESNET_SIZES, in the channels of `split`'s own server."
     if size == "server_copy":
         return init(deepcopy(split.server))
     name, first = next(split.server.named_children())  # the stage above the cut
@@ -37,10 +38,11 @@ def _resnet_auxiliary(split: SplitModel, size: str, shortcut=projection, init=in
 
 
 def _simple_conv_auxiliary(split: SplitModel, size: str) -> nn.Module:
+    "One linear layer."
     fc = nn.Linear(split.server.fc1.in_features, split.server.olayer.out_features)
     return init_weights(nn.Sequential(OrderedDict([("fc", fc)])), linear_std=0.05)
 
-
+# %% ../nbs/04_auxiliary.ipynb #2d6ce01e
 RESNET_SIZES = ("linear", "one_block", "default", "server_copy")
 IMAGENET_RESNETS = ("resnet18", "resnet50", "resnet152", "resnet18_cifar", "resnet50_cifar", "resnet152_cifar")
 HE_CIFAR_RESNETS = ("resnet56", "resnet110")
@@ -56,7 +58,7 @@ def auxiliary_model(
     split: SplitModel,  # the network itself: widths and classes are read off its server
     size: str = "default",  # of the ablation: linear, one_block, default, server_copy
 ) -> nn.Module:  # smashed data to logits
-    "The auxiliary model of the FSL-SAGE paper for a network, freshly initialised."
+    "The auxiliary model for a network, freshly initialised. `ValueError` if none, or none of that size, is published."
     build, sizes = AUXILIARIES[one_of("model.name", name, AUXILIARIES)]
     return build(split, one_of("model.auxiliary.size", size, sizes))
 
@@ -129,8 +131,22 @@ def _with_head(features: nn.Module | None, smashed: Tensor, num_classes: int) ->
     return nn.Sequential(OrderedDict([*layers, *end])).to(smashed.device).train()
 
 # %% ../nbs/04_auxiliary.ipynb #16199fe1
+def _require_twice_differentiable(aux: nn.Module, smashed: Tensor) -> None:
+    "`ValueError` unless the estimate of `aux` can be differentiated."
+    labels = torch.zeros(len(smashed), dtype=torch.long, device=smashed.device)
+    trial = deepcopy(aux)
+    try:
+        estimate_cut_grad(trial, smashed, labels, create_graph=True)[0].square().sum().backward()
+    except RuntimeError as error:
+        message = f"split: alignment needs second derivatives ({error}); a lower budget_mb uses fewer layers"
+        raise ValueError(message) from error
+
+# %% ../nbs/04_auxiliary.ipynb #ced66d7a
+FIRST_LAYERS = "first_layers"  # such an auxiliary model as a size in the configuration, with a `budget_mb`
+
+
 def auxiliary_for(
-    split: SplitModel,
+    split: SplitModel,  # a network of any kind
     example_input: Tensor,  # (2 or more, …): images for the client
     budget_mb: float = 8.5,  # MiB the auxiliary model may have, buffers counted
 ) -> nn.Module:  # smashed data to logits
@@ -157,23 +173,10 @@ def auxiliary_for(
     _require_twice_differentiable(aux, smashed)
     return aux
 
-
-FIRST_LAYERS = "first_layers"  # such an auxiliary model as a size in the configuration, with a `budget_mb`
-
-
-def _require_twice_differentiable(aux: nn.Module, smashed: Tensor) -> None:
-    labels = torch.zeros(len(smashed), dtype=torch.long, device=smashed.device)
-    trial = deepcopy(aux)
-    try:
-        estimate_cut_grad(trial, smashed, labels, create_graph=True)[0].square().sum().backward()
-    except RuntimeError as error:
-        message = f"split: alignment needs second derivatives ({error}); a lower budget_mb uses fewer layers"
-        raise ValueError(message) from error
-
 # %% ../nbs/04_auxiliary.ipynb #c26d8fe6
 def estimate_error(
-    est_cut_grad: Tensor,
-    cut_grad: Tensor,  # same shape
+    est_cut_grad: Tensor,  # (samples, …)
+    cut_grad: Tensor,  # of the same shape, not all zero
 ) -> tuple[Tensor, Tensor]:  # normalised squared error ≥ 0, cosine in [-1, 1]; scalars on the device
     "How far the estimated gradient at the cut is from the true one."
     error = (est_cut_grad - cut_grad).square().sum() / cut_grad.square().sum()
@@ -185,7 +188,7 @@ class AlignmentBuffer:
 
     def __init__(
         self,
-        max_size: int = 1000,  # samples
+        max_size: int = 1000,  # samples, ≥ 1; `ValueError` for anything else
     ):
         whole = isinstance(max_size, int) and max_size >= 1
         require(whole, "algorithm.max_dataset_size", max_size, "a whole number, at least 1")
@@ -201,7 +204,7 @@ class AlignmentBuffer:
         smashed: Tensor,  # (batch, …), detached
         labels: Tensor,  # (batch,)
     ) -> None:
-        "Append a batch and forget the oldest samples beyond `max_size`."
+        "Append a batch and forget the oldest samples beyond `max_size`. `ValueError` if labels are missing."
         require(len(smashed) == len(labels), "labels", len(labels), f"as many as there are samples ({len(smashed)})")
         if len(self):
             smashed, labels = torch.cat([self.smashed, smashed]), torch.cat([self.labels, labels])
@@ -213,14 +216,14 @@ PASSES = 10  # between two looks at the error
 
 def align(
     aux: Part,  # its parameters and BatchNorm statistics move
-    buffer: AlignmentBuffer,
+    buffer: AlignmentBuffer,  # not empty
     cut_grad: Tensor,  # true gradient for the whole buffer, as `buffer.smashed`
     epochs: int,  # passes over the buffer
     batch_size: int,  # samples
     generator: torch.Generator | None = None,  # shuffles the batches; not needed while one batch holds the buffer
     tolerance: float = 0.0,  # stop when ten passes lower the error by a smaller part than this, in [0, 1); 0: never
 ) -> int:  # passes made
-    "Teach `aux` the server's gradient at the cut (FSL-SAGE, step 3)."
+    "Teach `aux` the server's gradient at the cut. `ValueError` if the buffer is empty (FSL-SAGE, step 3)."
     require(len(buffer) > 0, "buffer", len(buffer), "filled with one sample at least")
     whole, errors, before = batch_size >= len(buffer), [], math.inf
     for epoch in range(1, epochs + 1):
@@ -240,9 +243,9 @@ def align(
 
 # %% ../nbs/04_auxiliary.ipynb #38a0fd3d
 def look_at_estimate(
-    aux: Part,
-    buffer: AlignmentBuffer,
-    cut_grad: Tensor,  # true gradient for the whole buffer
+    aux: Part,  # stays as it is
+    buffer: AlignmentBuffer,  # not empty
+    cut_grad: Tensor,  # true gradient for the whole buffer, as `buffer.smashed`
 ) -> tuple[Tensor, Tensor]:  # normalised squared error, cosine
     "`estimate_error` of `aux` on the whole buffer; leaves `aux` as it was."
     before = [tensor.clone() for tensor in aux.model.buffers()]

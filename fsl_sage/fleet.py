@@ -21,7 +21,7 @@ from .split import Part
 
 # %% ../nbs/05a_fleet.ipynb #6095762d
 def part_tensors(
-    part: Part,
+    part: Part,  # stays as it is
 ) -> dict[str, Tensor]:  # `model.<entry>` and `optimizer.<parameter>.<entry>`; they share the part's memory
     "All tensors of a part by name."
     parameters = [name for name, _ in part.model.named_parameters()]
@@ -36,7 +36,7 @@ def part_tensors(
 # %% ../nbs/05a_fleet.ipynb #15205c97
 @torch.no_grad()
 def load_tensors(
-    part: Part,
+    part: Part,  # changed in place
     tensors: dict[str, Tensor],  # from `part_tensors` of a part of the same form, on any device
 ) -> None:
     "Make `part` what the other part was. Learning rates and schedules stay."
@@ -53,9 +53,10 @@ def load_tensors(
 
 # %% ../nbs/05a_fleet.ipynb #287200fe
 def _at_rest(
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor],  # from `part_tensors`
     folder: str,  # for the file
 ) -> dict[str, Tensor]:  # copies, on the CPU
+    "Copies of `tensors` in one file, mapped into memory."
     sizes = [-(-tensor.numel() * tensor.element_size() // 64) * 64 for tensor in tensors.values()]  # bytes, aligned
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         storage = torch.UntypedStorage.from_file(file.name, True, max(64, sum(sizes)))
@@ -66,6 +67,40 @@ def _at_rest(
         rest[name], start = view.copy_(tensor.detach()), start + size
     return rest
 
+# %% ../nbs/05a_fleet.ipynb #38b6917b
+class _Rest:
+    "The tensors of the clients that are not at work."
+
+    def __init__(self, fresh: Part):
+        self._fresh = {name: tensor.clone() for name, tensor in part_tensors(fresh).items()}
+        self._resting: dict[int, dict[str, Tensor]] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="fsl_sage-", ignore_cleanup_errors=True)
+
+    def wake(self, i: int, slot: Part) -> None:
+        "Make `slot` what client `i` was."
+        load_tensors(slot, self._resting.get(i, self._fresh))
+
+    def keep(self, i: int, slot: Part) -> None:
+        "Remember `slot` as client `i`."
+        tensors, rest = part_tensors(slot), self._resting.get(i, {})
+        if rest.keys() != tensors.keys():  # the first time, or the optimiser has got its moments since
+            self._resting[i] = _at_rest(tensors, self._folder.name)
+        else:
+            for name, tensor in tensors.items():
+                rest[name].copy_(tensor.detach())
+
+    def make_room(self, working: OrderedDict[int, Part], pinned: set[int]) -> Part:  # the slot that is free now
+        "Put the first client at work that is not pinned to rest."
+        i = next(client for client in working if client not in pinned)
+        self.keep(i, working[i])
+        return working.pop(i)
+
+    def load_models(self, state: dict[str, Tensor]) -> None:
+        "Give every client the same model."
+        for tensors in (self._fresh, *self._resting.values()):
+            for name, tensor in state.items():
+                tensors[f"model.{name}"].copy_(tensor)
+
 # %% ../nbs/05a_fleet.ipynb #99be69e6
 class Fleet(Sequence[Part]):
     "A part for each client, of which only some are on the device. One that was asked for earlier may be at rest."
@@ -74,16 +109,13 @@ class Fleet(Sequence[Part]):
         self,
         make: Callable[[], Part],  # a fresh part, each time the same
         n: int,  # clients
-        slots: int,  # on the device at a time, ≥ 1
+        slots: int,  # on the device at a time; `ValueError` if below 1
     ):
         require(slots >= 1, "in_flight", slots, "at least 1")
         self.slots = [make() for _ in range(min(slots, n))]
-        self._n, self._free = n, list(self.slots)
+        self._n, self._free, self._rest = n, list(self.slots), _Rest(self.slots[0])
         self._working: OrderedDict[int, Part] = OrderedDict()  # client → its slot; asked for longest ago first
         self._pinned: set[int] = set()
-        self._resting: dict[int, dict[str, Tensor]] = {}
-        self._fresh = {name: tensor.clone() for name, tensor in part_tensors(self.slots[0]).items()}
-        self._folder = tempfile.TemporaryDirectory(prefix="fsl_sage-", ignore_cleanup_errors=True)
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -93,23 +125,11 @@ class Fleet(Sequence[Part]):
         i = range(self._n)[i]
         with self._lock:
             if i not in self._working:
-                slot = self._free.pop() if self._free else self._put_to_rest()
-                load_tensors(slot, self._resting.get(i, self._fresh))
+                slot = self._free.pop() if self._free else self._rest.make_room(self._working, self._pinned)
+                self._rest.wake(i, slot)
                 self._working[i] = slot
             self._working.move_to_end(i)
             return self._working[i]
-
-    def _put_to_rest(self) -> Part:
-        "Empty a slot."
-        i = next(client for client in self._working if client not in self._pinned)
-        slot = self._working.pop(i)
-        tensors, rest = part_tensors(slot), self._resting.get(i, {})
-        if rest.keys() != tensors.keys():  # the first time, or the optimiser has got its moments since
-            self._resting[i] = _at_rest(tensors, self._folder.name)
-        else:
-            for name, tensor in tensors.items():
-                rest[name].copy_(tensor.detach())
-        return slot
 
     @contextmanager
     def pinned(self, i: int) -> Iterator[Part]:
@@ -122,12 +142,10 @@ class Fleet(Sequence[Part]):
             self._pinned.discard(i)
 
     def load_models(self, state: dict[str, Tensor]) -> None:
-        "Give every client the same model."
+        "Give every client the same model, of this state dict."
         for slot in self.slots:
             slot.model.load_state_dict(state)
-        for tensors in (self._fresh, *self._resting.values()):
-            for name, tensor in state.items():
-                tensors[f"model.{name}"].copy_(tensor)
+        self._rest.load_models(state)
 
 # %% ../nbs/05a_fleet.ipynb #04625a02
 _slots: ContextVar[int | None] = ContextVar("clients in flight", default=None)
@@ -137,7 +155,7 @@ _slots: ContextVar[int | None] = ContextVar("clients in flight", default=None)
 def clients_in_flight(
     n: int | None,  # parts of each kind on the device at a time, ≥ 1; None: all
 ) -> Iterator[None]:
-    "States that are set up within the block keep no more than `n` clients on the device."
+    "States that are set up within the block keep no more than `n` clients on the device. `ValueError` if `n` < 1."
     require(n is None or n >= 1, "in_flight", n, "at least 1, or None")
     token = _slots.set(n)
     try:
