@@ -35,7 +35,7 @@ class Speed(NamedTuple):
 
 
 def speeds(
-    clock: ClockConfig,
+    clock: ClockConfig,  # of the median client
     n_clients: int,
 ) -> list[Speed]:
     "The speeds that `clock` gives the clients; those of the first do not depend on how many there are."
@@ -57,6 +57,7 @@ class CountFlops(TorchDispatchMode):
 
 
 def _flops(work: Callable[[], Any], samples: int) -> float:
+    "FLOPs of `work`, a sample."
     with CountFlops() as counter:
         work()
     return counter.flops / samples
@@ -75,10 +76,23 @@ class Costs(NamedTuple):
     alignment: float = 0  # a pass of an alignment
     smashed: int = 0  # bytes of one sample at the cut
     client_bytes: int = 0  # bytes of the client's model
-    server_bytes: int = 0
-    aux_bytes: int = 0
+    server_bytes: int = 0  # of the server's
+    aux_bytes: int = 0  # of the auxiliary model; 0: there is none
 
+# %% ../nbs/05c_clock.ipynb #47261ed7
+def _auxiliary_costs(client: nn.Module, aux: nn.Module, x: Tensor, smashed: Tensor, y: Tensor) -> dict[str, float]:
+    "The fields of `Costs` that an auxiliary model has a part in."
 
+    def align() -> None:
+        estimate_cut_grad(aux, smashed, y, create_graph=True)[0].square().sum().backward()
+
+    return {
+        "with_aux": _flops(lambda: F.cross_entropy(aux(client(x)), y).backward(), len(x)),
+        "estimate": _flops(lambda: estimate_cut_grad(aux, smashed, y), len(x)),
+        "alignment": _flops(align, len(x)), "aux_bytes": tensor_bytes(aux),
+    }  # fmt: skip
+
+# %% ../nbs/05c_clock.ipynb #73955e99
 def costs_of(
     state: State,  # freshly set up; stays as it is
 ) -> Costs:
@@ -103,22 +117,11 @@ def costs_of(
         counted |= _auxiliary_costs(client, aux, x, smashed, y)
     return Costs(**counted)
 
-
-def _auxiliary_costs(client: nn.Module, aux: nn.Module, x: Tensor, smashed: Tensor, y: Tensor) -> dict[str, float]:
-    def align() -> None:
-        estimate_cut_grad(aux, smashed, y, create_graph=True)[0].square().sum().backward()
-
-    return {
-        "with_aux": _flops(lambda: F.cross_entropy(aux(client(x)), y).backward(), len(x)),
-        "estimate": _flops(lambda: estimate_cut_grad(aux, smashed, y), len(x)),
-        "alignment": _flops(align, len(x)), "aux_bytes": tensor_bytes(aux),
-    }  # fmt: skip
-
-# %% ../nbs/05c_clock.ipynb #73955e99
+# %% ../nbs/05c_clock.ipynb #67aae7f6
 class Work(NamedTuple):
     "What one client does in one round, and what the server does for it."
 
-    client: int
+    client: int  # 0 … num_clients - 1
     flops: float  # the client's
     up: int  # bytes
     down: int  # bytes
@@ -127,9 +130,9 @@ class Work(NamedTuple):
     steps: int = 1  # local steps
     uploaded: int = 0  # samples that reach the server's buffer
 
-
+# %% ../nbs/05c_clock.ipynb #04602088
 def batch_sizes(
-    experiment: Experiment,
+    experiment: Experiment,  # its batch size and local epochs
     samples: int,  # of the client
 ) -> list[int]:  # of its local steps in a round
     "The sizes of a client's batches, through all its local epochs."
@@ -140,16 +143,16 @@ def batch_sizes(
 def alignment_flops(
     costs: Costs,
     buffered: int,  # samples in the buffer
-    passes: int,
-) -> float:
+    passes: int,  # over the buffer
+) -> float:  # FLOPs of the server
     "What one alignment costs the server."
     return buffered * (costs.target + passes * costs.alignment)
 
-# %% ../nbs/05c_clock.ipynb #4661dd5b
+# %% ../nbs/05c_clock.ipynb #99842049
 def work_of(
     experiment: Experiment,
-    costs: Costs,
-    client: int,
+    costs: Costs,  # of its models
+    client: int,  # 0 … num_clients - 1
     samples: int,  # that it has
     returns: bool = False,  # whether it was absent from the round before
     aligned: int = 0,  # samples it is aligned on; 0: it is not aligned
@@ -176,7 +179,7 @@ def work_of(
 
 # %% ../nbs/05c_clock.ipynb #56374e6b
 def order_of(
-    experiment: Experiment,
+    experiment: Experiment,  # its algorithm tells
     rnd: int,  # round; -1: a warm start
 ) -> str:  # "side by side", "in turn" or "in step"
     "How the clients' times make up the round's."
@@ -186,30 +189,30 @@ def order_of(
         return "in turn"
     return "in step" if config.name in ("psl", "sfl", "sglr") else "side by side"
 
-
+# %% ../nbs/05c_clock.ipynb #9134eaf5
 def client_seconds(
     work: Work,
-    speed: Speed,
-) -> float:
+    speed: Speed,  # the client's
+) -> float:  # seconds
     "What a client computes and sends, in seconds."
     return work.flops / speed.flops + work.up / speed.up + work.down / speed.down
 
 
 def latency(
     work: Work,
-    speed: Speed,
+    speed: Speed,  # the client's
     server_flops: float,  # FLOP/s
 ) -> float:  # seconds
-    "How long a client would take for a round if it were alone with the server."
+    "How long a client would take for a round if it were alone with the server (FSL-SAGE, latency)."
     return client_seconds(work, speed) + (work.server_flops + work.alignment_flops) / server_flops
 
-
+# %% ../nbs/05c_clock.ipynb #055dac71
 def round_seconds(
     works: Sequence[Work],  # of the round's participants
     of: Sequence[Speed],  # of every client
     server_flops: float,  # FLOP/s
     order: str,  # from `order_of`
-) -> float:
+) -> float:  # seconds
     "How long a round takes."
     own = {work: client_seconds(work, of[work.client]) for work in works}
     server = sum(work.server_flops + work.alignment_flops for work in works) / server_flops
@@ -224,7 +227,7 @@ def round_seconds(
 # %% ../nbs/05c_clock.ipynb #b7020121
 def in_time(
     works: Sequence[Work],  # of the clients that are asked
-    clock: ClockConfig,
+    clock: ClockConfig,  # its deadline and the server's speed
     of: Sequence[Speed],  # of every client
 ) -> list[Work]:  # of those who take part
     "Leave out the stragglers, but not the fastest of all."
@@ -240,7 +243,15 @@ class Attendance(NamedTuple):
     clients: list[int]  # in ascending order
     works: list[Work]  # of each of them; empty if nothing is known of costs
 
+# %% ../nbs/05c_clock.ipynb #1c8e25e9
+def _require_possible(experiment: Experiment, samples: Sequence[int], costs: Costs, of: Sequence[Speed]) -> None:
+    "`ValueError` if every client would be late for every round."
+    clock, works = experiment.clock, [work_of(experiment, costs, i, n) for i, n in enumerate(samples)]
+    least = min(latency(work, of[work.client], clock.server_flops) for work in works)
+    fine = f"at least {least:.3g} s, what the fastest client takes for a round"
+    require(clock.deadline >= least, "clock.deadline", clock.deadline, fine)
 
+# %% ../nbs/05c_clock.ipynb #43d616c5
 def attendances(
     experiment: Experiment,
     samples: Sequence[int],  # of each client
@@ -267,22 +278,14 @@ def attendances(
         for work in works if rnd >= 0 else ():
             buffered[work.client] += work.uploaded
 
-
-def _require_possible(experiment: Experiment, samples: Sequence[int], costs: Costs, of: Sequence[Speed]) -> None:
-    "`ValueError` if every client would be late for every round."
-    clock, works = experiment.clock, [work_of(experiment, costs, i, n) for i, n in enumerate(samples)]
-    least = min(latency(work, of[work.client], clock.server_flops) for work in works)
-    fine = f"at least {least:.3g} s, what the fastest client takes for a round"
-    require(clock.deadline >= least, "clock.deadline", clock.deadline, fine)
-
 # %% ../nbs/05c_clock.ipynb #f5773b11
 def attended_seconds(
-    attendance: Attendance,
+    attendance: Attendance,  # of the round, from `attendances` with these costs
     experiment: Experiment,
-    costs: Costs,
-    clock: ClockConfig,
+    costs: Costs,  # of its models
+    clock: ClockConfig,  # the speeds to price it by
     passes: Mapping[int, int] | None = None,  # client → passes of its alignment; None: as many as planned
-) -> float:
+) -> float:  # seconds
     "How long a round took."
     planned, works = experiment.algorithm.align_epochs, []
     for work in attendance.works:
@@ -294,7 +297,7 @@ def attended_seconds(
     of = speeds(clock, experiment.num_clients)
     return round_seconds(works, of, clock.server_flops, order_of(experiment, attendance.round))
 
-
+# %% ../nbs/05c_clock.ipynb #4280cbf1
 def simulated_seconds(
     history: Any,  # a `training.History`, with or without a clock of its own
     samples: Sequence[int],  # of each client

@@ -34,7 +34,7 @@ def schedule_factor(
     schedule: SchedulerConfig,  # fraction or cyclic
     rounds: int | None,  # of the whole run; fraction needs it
 ) -> Callable[[int], float]:  # round → factor on the learning rate
-    "What `schedule` makes of a rate of 1."
+    "What `schedule` makes of a rate of 1. `ValueError` if it needs the number of rounds and does not get it."
     gamma, step = schedule.gamma, schedule.step_size
     if schedule.name == "cyclic":
         return lambda rnd: gamma + (1 - gamma) * (1 - abs(rnd / step % 2 - 1))
@@ -43,9 +43,22 @@ def schedule_factor(
     return lambda rnd: gamma if drop >= 1 and rnd >= drop - schedule.early else 1.0
 
 # %% ../nbs/05b_federation.ipynb #dd36ba38
+def _scheduler(
+    optimizer: torch.optim.Optimizer, schedule: SchedulerConfig | None, rounds: int | None
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    "The schedule of `optimizer`'s rate, in rounds."
+    if schedule is None:
+        return None
+    if schedule.name == "step":
+        return torch.optim.lr_scheduler.StepLR(optimizer, schedule.step_size, schedule.gamma)
+    if schedule.name == "multistep":
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, schedule.milestones, schedule.gamma)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(schedule, rounds))
+
+# %% ../nbs/05b_federation.ipynb #e46ac7ed
 def make_part(
-    model: nn.Module,
-    config: OptimizerConfig,
+    model: nn.Module,  # trained in place
+    config: OptimizerConfig,  # with its schedule, if any
     rounds: int | None = None,  # of the whole run, for a schedule by fraction
     precision: str = "fp32",  # one of PRECISIONS
 ) -> Part:
@@ -60,18 +73,6 @@ def make_part(
         )
     return Part(model, optimizer, _scheduler(optimizer, config.scheduler, rounds), precision)
 
-
-def _scheduler(
-    optimizer: torch.optim.Optimizer, schedule: SchedulerConfig | None, rounds: int | None
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    if schedule is None:
-        return None
-    if schedule.name == "step":
-        return torch.optim.lr_scheduler.StepLR(optimizer, schedule.step_size, schedule.gamma)
-    if schedule.name == "multistep":
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, schedule.milestones, schedule.gamma)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(schedule, rounds))
-
 # %% ../nbs/05b_federation.ipynb #9ab9752e
 class LocalData(Protocol):
     "The data of one client."
@@ -83,14 +84,15 @@ class LocalData(Protocol):
 
     def batches(self, rnd: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...  # (x, y) on the training device
 
+# %% ../nbs/05b_federation.ipynb #b4e3c749
 @dataclass
 class FixedData:
     "Samples in a fixed order, as they are."
 
     x: Tensor  # (n, channel, height, width)
     y: Tensor  # (n,)
-    batch_size: int
-    num_classes: int = 10
+    batch_size: int  # ≥ 1
+    num_classes: int = 10  # of the whole problem
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -109,7 +111,7 @@ class FixedData:
 class State:
     "A server and its clients between two rounds."
 
-    experiment: Experiment
+    experiment: Experiment  # what was asked for
     data: Sequence[LocalData]  # one a client
     clients: Sequence[Part]  # one a client; a Fleet where only some are on the device
     servers: Sequence[Part]  # one for all, or one a client
@@ -123,7 +125,7 @@ class State:
 
     @property
     def weights(self) -> list[float]:
-        "The share n_i/n of each client that is present in the samples of all of them."
+        "The share of each client that is present in the samples of all who are: n_i/n if nobody is absent."
         total = sum(len(self.data[i]) for i in self.present)
         return [len(self.data[i]) / total for i in self.present]
 
@@ -146,15 +148,33 @@ class State:
         self,
         rnd: int,  # round
     ) -> Iterator[tuple[int, list[tuple[int, Tensor, Tensor]]]]:  # local step s; client, x, y of each that has a batch
-        """The present clients' batches side by side; a client whose data is used up is no longer among them.
+        "The present clients' batches side by side. `ValueError` if the clients cannot all be on the device at once."
+        return _side_by_side(self, rnd)
 
-        `ValueError` if the clients cannot all be on the device at once."""
-        slots = len(self.clients.slots) if isinstance(self.clients, Fleet) else len(self.data)
-        fine = f"all {len(self.data)} clients for {self.experiment.algorithm.name!r}, whose steps need them all at once"
-        require(slots == len(self.data), "in_flight", slots, fine)
-        steps = zip_longest(*(self.batches(i, rnd) for i in self.present))
-        for s, batches in enumerate(steps):
-            yield s, [(i, *batch[1:]) for i, batch in zip(self.present, batches, strict=True) if batch is not None]
+# %% ../nbs/05b_federation.ipynb #55c4c29a
+def _side_by_side(state: State, rnd: int) -> Iterator[tuple[int, list[tuple[int, Tensor, Tensor]]]]:
+    "`State.parallel_batches`."
+    slots = len(state.clients.slots) if isinstance(state.clients, Fleet) else len(state.data)
+    fine = f"all {len(state.data)} clients for {state.experiment.algorithm.name!r}, whose steps need them all at once"
+    require(slots == len(state.data), "in_flight", slots, fine)
+    steps = zip_longest(*(state.batches(i, rnd) for i in state.present))
+    for s, batches in enumerate(steps):
+        yield s, [(i, *batch[1:]) for i, batch in zip(state.present, batches, strict=True) if batch is not None]
+
+# %% ../nbs/05b_federation.ipynb #46ee7aad
+def _fresh_models(
+    experiment: Experiment,
+    data: Sequence[LocalData],  # one a client
+    auxiliary: bool,  # whether an auxiliary model is wanted
+) -> tuple[SplitModel, nn.Module | None]:
+    "The network and, if wanted, its auxiliary model; PyTorch's own stream stays where it is."
+    model, shape = experiment.model, data[0].image_shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(experiment.init_seed, "init").initial_seed())
+        split = split_model(model.name, shape[0], data[0].num_classes, shape[1], model.width)
+        if auxiliary and model.auxiliary.size == FIRST_LAYERS:
+            return split, auxiliary_for(split, torch.zeros(2, *shape), model.auxiliary.budget_mb)
+        return split, auxiliary_model(model.name, split, model.auxiliary.size) if auxiliary else None
 
 # %% ../nbs/05b_federation.ipynb #ceb03049
 def _trains_on_one(model: nn.Module, shape: tuple[int, int, int]) -> bool:
@@ -166,6 +186,16 @@ def _trains_on_one(model: nn.Module, shape: tuple[int, int, int]) -> bool:
     return True
 
 
+def _require_trainable(experiment: Experiment, data: Sequence[LocalData], network: nn.Module) -> None:
+    "`ValueError` if some client's last batch is too small for `network`."
+    batch_size = experiment.model.client.batch_size
+    for i, local in enumerate(data):
+        alone = len(local) % batch_size == 1
+        fine = f"such that no client's last batch has 1 sample (client {i} has {len(local)}): BatchNorm needs 2"
+        fits = not alone or _trains_on_one(network, local.image_shape)
+        require(fits, "model.client.batch_size", batch_size, fine)
+
+# %% ../nbs/05b_federation.ipynb #c96d103b
 def init_parts(
     experiment: Experiment,
     data: Sequence[LocalData],  # one a client
@@ -174,19 +204,8 @@ def init_parts(
 ) -> dict[str, Any]:  # fields of State
     "Fresh models and optimisers for a server and its clients. `ValueError` if batches and network do not fit."
     model, device = experiment.model, next(data[0].batches(0, 0))[0].device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(experiment.init_seed, "init").initial_seed())
-        channels, height, _ = data[0].image_shape
-        split = split_model(model.name, channels, data[0].num_classes, height, model.width)
-        if auxiliary and model.auxiliary.size == FIRST_LAYERS:
-            aux = auxiliary_for(split, torch.zeros(2, *data[0].image_shape), model.auxiliary.budget_mb)
-        else:
-            aux = auxiliary_model(model.name, split, model.auxiliary.size) if auxiliary else None
-    for i, local in enumerate(data):
-        alone = len(local) % model.client.batch_size == 1
-        fine = f"such that no client's last batch has 1 sample (client {i} has {len(local)}): BatchNorm needs 2"
-        fits = not alone or _trains_on_one(split, local.image_shape)
-        require(fits, "model.client.batch_size", model.client.batch_size, fine)
+    split, aux = _fresh_models(experiment, data, auxiliary)
+    _require_trainable(experiment, data, split)
     fast_layout(nn.ModuleList([split, aux] if auxiliary else [split]))  # all in the same
 
     def copies(module: nn.Module, config: OptimizerConfig, n: int) -> Sequence[Part]:
@@ -205,10 +224,10 @@ def init_parts(
 
 # %% ../nbs/05b_federation.ipynb #2b680699
 def average(
-    state: State,
+    state: State,  # tells who is present, and with how many samples
     parts: Sequence[Part],  # the same part of every client; each gets the average
 ) -> None:
-    "Replace each model, buffers included, by the weighted average of those present (FedAvg's aggregation)."
+    "Replace each model, buffers included, by the weighted average of those present (FedAvg, McMahan et al., 2017)."
     mean = weighted_average((parts[i].model.state_dict() for i in state.present), state.weights)
     if isinstance(parts, Fleet):
         parts.load_models(mean)
@@ -216,7 +235,7 @@ def average(
         for part in parts:
             part.model.load_state_dict(mean)
 
-
+# %% ../nbs/05b_federation.ipynb #c03efdd8
 def aggregate(
     state: State,
     rnd: int,  # round
@@ -257,7 +276,7 @@ def n_asked(experiment: Experiment) -> int:  # 1 … num_clients
 
 
 def asked_clients(
-    experiment: Experiment,
+    experiment: Experiment,  # its `participation` and the seed of that
     rnd: int,  # round; everyone is asked for a warm start
 ) -> list[int]:  # in ascending order
     "Who is asked to take part in a round."
@@ -296,8 +315,8 @@ def require_only_present(
 
 # %% ../nbs/05b_federation.ipynb #07d9ec38
 def whole_step(
-    client: Part,
-    server: Part,
+    client: Part,  # the lower half; stepped
+    server: Part,  # the upper half; stepped
     x: Tensor,  # (batch, channel, height, width)
     y: Tensor,  # (batch,)
 ) -> Tensor:  # mean cross-entropy, detached
@@ -366,7 +385,7 @@ class Loss(NamedTuple):
 class Metrics:
     "What one round observed."
 
-    losses: list[Loss] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)  # in the order of noting
     alignments: list[dict[str, Any]] = field(default_factory=list)  # one row an alignment: client, errors, cosines
 
     def loss(
@@ -405,10 +424,10 @@ def one_per_client(
     "The models to evaluate where each client keeps its own: server ∘ client i."
     return [SplitModel(client.model, state.servers[0].model) for client in state.clients]
 
-
+# %% ../nbs/05b_federation.ipynb #20c1471c
 class Algorithm(NamedTuple):
     "How a federation is set up, runs a round, and is evaluated."
 
     init: Callable[[Experiment, Sequence[LocalData], Ledger], State]  # fresh state; sends the initial models
     run_round: Callable[[State, int, Ledger], Metrics]  # one round, in place
-    evaluation_models: Callable[[State], list[nn.Module]] = only_global
+    evaluation_models: Callable[[State], list[nn.Module]] = only_global  # what to test; their accuracies are averaged
