@@ -58,13 +58,13 @@ def init_fed_avg(
     broadcast(state, -1, ledger, client_model=state.clients, server_model=state.servers)
     return state
 
-
+# %% ../nbs/06_baselines.ipynb #3fd34156
 def fed_avg_round(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
 ) -> Metrics:
-    "Local training of whole networks, then their average."
+    "Local training of whole networks, then their average (McMahan et al., 2017, Algorithm 1)."
     metrics = Metrics()
 
     def train_locally(i: int) -> None:
@@ -91,13 +91,13 @@ def init_splitfed(
     broadcast(state, -1, ledger, client_model=state.clients)
     return state
 
-
+# %% ../nbs/06_baselines.ipynb #c41d8ba9
 def splitfed_round(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
 ) -> Metrics:
-    "Every step exchanges smashed data for its gradient; then the halves are averaged (SplitFed)."
+    "Every step exchanges smashed data for its gradient; then the halves are averaged (Thapa et al., 2022)."
     metrics, many = Metrics(), len(state.servers) > 1
 
     def train_with_server(i: int) -> None:
@@ -129,13 +129,13 @@ def init_cse_fsl(
     broadcast(state, -1, ledger, client_model=state.clients, aux_model=state.auxes)
     return state
 
-
+# %% ../nbs/06_baselines.ipynb #0908d494
 def cse_fsl_round(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
 ) -> Metrics:
-    "Local steps on the auxiliary loss; every q-th smashed batch updates the server."
+    "Local steps on the auxiliary loss; every q-th smashed batch updates the server (Mu & Shen, arXiv 2302.05599)."
     metrics, (server,), q = Metrics(), state.servers, state.experiment.algorithm.server_update_interval
 
     def client_steps(i: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -168,13 +168,13 @@ def init_split_learning(
         broadcast(state, -1, ledger, client_model=state.clients)
     return state
 
-
+# %% ../nbs/06_baselines.ipynb #2445c47b
 def ssl_round(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
 ) -> Metrics:
-    "One client after another, each with the model that the one before has left (SGLR, baselines)."
+    "One client after another, each with the model that the one before has left (Gupta & Raskar, 2018)."
     metrics, (server,), criterion = Metrics(), state.servers, LOSSES[state.experiment.algorithm.loss]
     last = state.previous[-1]  # the first goes on from the last of the round before
     for i in state.present:
@@ -192,7 +192,7 @@ def ssl_round(
         link.up(client_model=client.model)
     return metrics
 
-
+# %% ../nbs/06_baselines.ipynb #1d0ff0dd
 def last_client(
     state: State,
 ) -> list[nn.Module]:  # one

@@ -303,7 +303,7 @@ def take_part(
         if i not in state.previous:
             ledger.link(rnd, i).down(**{kind: parts[i].model for kind, parts in groups.items()})
 
-
+# %% ../nbs/05b_federation.ipynb #e3a1a60e
 def require_only_present(
     state: State,
     sent: Sequence[Transfer],  # of the round
@@ -380,7 +380,7 @@ class Loss(NamedTuple):
     at: str  # "server": the loss of the network; "aux": of the auxiliary model
     value: Tensor  # scalar
 
-
+# %% ../nbs/05b_federation.ipynb #e958a6d6
 @dataclass
 class Metrics:
     "What one round observed."

@@ -215,7 +215,7 @@ def table6_bytes(
     }
     return totals[one_of("method", method, totals)]
 
-
+# %% ../nbs/02_ledger.ipynb #72aab18d
 def table6_seconds(
     method: str,  # FL, PSL, SFL or SGLR
     compute: float,  # T, seconds

@@ -28,7 +28,7 @@ class SageState(State):
 
     buffers: list[AlignmentBuffer] = field(default_factory=list)  # one a client
 
-
+# %% ../nbs/07_sage.ipynb #3a11c4ae
 def init(
     experiment: Experiment,
     data: Sequence[LocalData],  # one a client
@@ -41,16 +41,19 @@ def init(
     return state
 
 # %% ../nbs/07_sage.ipynb #797ab22b
-def target_of(state: SageState, i: int) -> Tensor:  # as the client's buffer
-    "The true gradient at the cut for client `i`'s buffer, from the server as it is now."
+def target_of(
+    state: SageState,
+    i: int,  # client, whose buffer is not empty
+) -> Tensor:  # cut_grad, as the buffer's smashed data
+    "The true gradient at the cut for client `i`'s buffer, from the server as it is now (FSL-SAGE, step 3)."
     return true_cut_grad(state.servers[0], state.buffers[i].smashed, state.buffers[i].labels)
 
-
+# %% ../nbs/07_sage.ipynb #1f3fe0b7
 def align_client(
     state: SageState,
     i: int,  # client
     rnd: int,  # round
-    cut_grad: Tensor,  # its target
+    cut_grad: Tensor,  # its target, from `target_of`
 ) -> dict[str, Any]:  # passes made; how good the estimate is, before and after
     "Align client `i`'s auxiliary model with the server (FSL-SAGE, step 3)."
     aux, buffer, config = state.auxes[i], state.buffers[i], state.experiment.algorithm
@@ -63,12 +66,12 @@ def align_client(
     cosines = {"cosine_before": cosine_before, "cosine_after": cosine_after}
     return {"client": i, "buffer_size": len(buffer), "passes": passes, **errors, **cosines}
 
-# %% ../nbs/07_sage.ipynb #1f3fe0b7
+# %% ../nbs/07_sage.ipynb #aeab2b76
 def client_steps(
     state: SageState,
     i: int,  # client
     rnd: int,  # round
-    metrics: Metrics,  # gets the auxiliary model's losses
+    metrics: Metrics,  # gets the auxiliary model's losses; changed in place
 ) -> Iterator[tuple[int, Tensor, Tensor]]:  # local step, smashed data, labels of every upload
     "Client `i`'s round (FSL-SAGE, steps 1, 2 and 4)."
     client, aux, q = state.clients[i], state.auxes[i], state.experiment.algorithm.server_update_interval
@@ -138,5 +141,5 @@ def jointly_aligned_round(
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
 
-
+# %% ../nbs/07_sage.ipynb #5df7296b
 SAGE = Algorithm(init, run_round)

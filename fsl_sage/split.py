@@ -522,7 +522,7 @@ def projection(
     project = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
     return nn.Sequential(project, nn.BatchNorm2d(out_channels))
 
-
+# %% ../nbs/03_split.ipynb #42a08f0a
 class Padding(nn.Module):
     "A shortcut that takes every `stride`-th pixel and adds channels of zeros on both sides (He et al., option A)."
 
@@ -558,7 +558,7 @@ def stage(
     first = block(in_channels, channels, stride, None if same else shortcut(in_channels, out_channels, stride))
     return nn.Sequential(first, *(block(out_channels, channels) for _ in range(blocks - 1)))
 
-
+# %% ../nbs/03_split.ipynb #ada0b731
 def head(
     in_channels: int,  # of the last stage's output
     num_classes: int,
@@ -585,7 +585,7 @@ def init_fan_in(
             nn.init.kaiming_normal_(layer.weight)
     return module
 
-
+# %% ../nbs/03_split.ipynb #f0ed7ee1
 def resnet(
     blocks: tuple[int, ...],  # in each stage
     in_channels: int = 3,  # of the images
