@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXES', 'SGLR', 'server_rate', 'fraction_now', 'active_clients', 'concat_batch', 'pooling', 'concat_batch_pool',
            'concat_channels', 'ManyHeads', 'OneHead', 'noisy_mean', 'epsilon', 'require_equal_batches', 'init',
-           'widened', 'run_round', 'evaluation_models']
+           'widened', 'joint_step', 'send_average', 'run_round', 'evaluation_models']
 
 # %% ../nbs/08_sglr.ipynb #cf6a8667
 import math
@@ -38,10 +38,10 @@ def server_rate(
 # %% ../nbs/08_sglr.ipynb #c700e15e
 def fraction_now(
     config: AlgorithmConfig,
-    rnd: int,  # round
+    rnd: int,  # round, from 0
     rounds: int,  # of the whole training
-) -> float:  # φ in this round
-    "φ while its phase lasts, else 0: phased SplitAvg (SGLR, Table 3)."
+) -> float:  # φ in this round, in [0, 1]
+    "φ while its phase lasts, else 0 (phased SplitAvg; SGLR, Table 3)."
     length = config.average_fraction * rounds
     on = {"full": True, "initial": rnd < length, "final": rnd >= rounds - length}
     return config.active_fraction if on[config.average_phase] else 0.0
@@ -60,22 +60,22 @@ def active_clients(
     return sorted(among[i] for i in order[:k].tolist())
 
 # %% ../nbs/08_sglr.ipynb #5afd67e9
-def _with_next(parts: list[Tensor]) -> list[Tensor]:
-    mixed = [0.9 * part + 0.1 * following for part, following in pairwise(parts)]
-    first = parts[0] + (mixed[0] - parts[0]).detach() if mixed else parts[0]  # mixed; its gradient as if it were not
-    return [*mixed, 0.9 * parts[-1] + 0.1 * first]
-
-
-def _one_hot(labels: list[Tensor], classes: int, like: Tensor) -> list[Tensor]:
-    return [F.one_hot(y, classes).to(like.dtype) for y in labels]
-
-
-def concat_batch(smashed: list[Tensor], labels: list[Tensor], classes: int, stream: torch.Generator):
+def concat_batch(
+    smashed: list[Tensor],  # one a client, each (B, …)
+    labels: list[Tensor],  # one a client, each (B,), integers
+    classes: int,
+    stream: torch.Generator,  # on the CPU
+) -> tuple[Tensor, Tensor]:  # (n·B, …); (n·B,)
     "All clients' samples in one batch (SGLR, Sec. 2)."
     return torch.cat(smashed), torch.cat(labels)
 
 
-def pooling(smashed: list[Tensor], labels: list[Tensor], classes: int, stream: torch.Generator):
+def pooling(
+    smashed: list[Tensor],  # one a client, each (B, …)
+    labels: list[Tensor],  # one a client, each (B,), integers
+    classes: int,
+    stream: torch.Generator,  # on the CPU
+) -> tuple[Tensor, Tensor]:  # (B, …); (B, classes), shares that add up to 1
     "Each server sample is a random convex mixture of one sample from every client (SGLR, released code)."
     shares = torch.rand(len(labels[0]), len(labels), generator=stream).to(smashed[0])
     shares = (shares / shares.sum(1, keepdim=True)).T  # (client, sample)
@@ -84,13 +84,33 @@ def pooling(smashed: list[Tensor], labels: list[Tensor], classes: int, stream: t
     return sum(mixed), sum(y * share[:, None] for y, share in zip(targets, shares, strict=True))
 
 
-def concat_batch_pool(smashed: list[Tensor], labels: list[Tensor], classes: int, stream: torch.Generator):
+def _one_hot(labels: list[Tensor], classes: int, like: Tensor) -> list[Tensor]:
+    return [F.one_hot(y, classes).to(like.dtype) for y in labels]
+
+# %% ../nbs/08_sglr.ipynb #b3af1a5f
+def _with_next(parts: list[Tensor]) -> list[Tensor]:
+    mixed = [0.9 * part + 0.1 * following for part, following in pairwise(parts)]
+    first = parts[0] + (mixed[0] - parts[0]).detach() if mixed else parts[0]  # mixed; its gradient as if it were not
+    return [*mixed, 0.9 * parts[-1] + 0.1 * first]
+
+
+def concat_batch_pool(
+    smashed: list[Tensor],  # one a client, each (B, …)
+    labels: list[Tensor],  # one a client, each (B,), integers
+    classes: int,
+    stream: torch.Generator,  # on the CPU
+) -> tuple[Tensor, Tensor]:  # (n·B, …); (n·B, classes), shares that add up to 1
     "One batch of all samples, each mixed with a tenth of the next client's (SGLR, released code)."
     return torch.cat(_with_next(smashed)), torch.cat(_with_next(_one_hot(labels, classes, smashed[0])))
 
 
-def concat_channels(smashed: list[Tensor], labels: list[Tensor], classes: int, stream: torch.Generator):
-    "Samples side by side along the channels; labels in the order of a `ManyHeads` server's answers."
+def concat_channels(
+    smashed: list[Tensor],  # one a client, each (B, channel, …)
+    labels: list[Tensor],  # one a client, each (B,), integers
+    classes: int,
+    stream: torch.Generator,  # on the CPU
+) -> tuple[Tensor, Tensor]:  # (B, n·channel, …); (B·n,)
+    "Samples side by side along the channels; labels in the order of a `ManyHeads` server's answers (released code)."
     return torch.cat(smashed, 1), torch.stack(labels, 1).flatten()
 
 
@@ -101,7 +121,36 @@ MIXES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "concat_channels": concat_channels,
 }  # (smashed, labels, classes, random stream) → the server's input and labels
 
-# %% ../nbs/08_sglr.ipynb #95524825
+# %% ../nbs/08_sglr.ipynb #d363e427
+def _readers(model: nn.Module, smashed: Tensor, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    "Those of `layers` whose input is the smashed data itself. `ValueError` if there is none."
+    found: list[nn.Module] = []
+
+    def note(layer: nn.Module, inputs: tuple) -> None:
+        if inputs[0] is smashed:
+            found.append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    with torch.no_grad():
+        model.eval()(smashed)
+    for hook in hooks:
+        hook.remove()
+    fine = "another mode for this network: its server does not begin with a convolution or linear layer"
+    require(len(found) > 0, "algorithm.mixing_mode", "concat_channels", fine)
+    return found
+
+# %% ../nbs/08_sglr.ipynb #8f788d10
+def _resized(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
+    "A fresh layer with so many times the inputs and outputs."
+    bias = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(inputs * layer.in_features, outputs * layer.out_features, bias)
+    channels = inputs * layer.in_channels, outputs * layer.out_channels
+    wide = nn.Conv2d(*channels, layer.kernel_size, layer.stride, layer.padding, bias=bias)
+    nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
+    return wide
+
+
 class ManyHeads(nn.Module):
     "A server for `concat_channels`: (batch, n·channels, …) to (batch·n, classes), client by client within a sample."
 
@@ -123,52 +172,28 @@ class ManyHeads(nn.Module):
     def forward(self, smashed: Tensor) -> Tensor:
         return self.model(smashed).unflatten(1, (self.n, -1)).flatten(0, 1)
 
-
-def _readers(model: nn.Module, smashed: Tensor, layers: Sequence[nn.Module]) -> list[nn.Module]:
-    "The convolutions and linear layers whose input is the smashed data itself."
-    found: list[nn.Module] = []
-
-    def note(layer: nn.Module, inputs: tuple) -> None:
-        if inputs[0] is smashed:
-            found.append(layer)
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    with torch.no_grad():
-        model.eval()(smashed)
-    for hook in hooks:
-        hook.remove()
-    fine = "another mode for this network: its server does not begin with a convolution or linear layer"
-    require(len(found) > 0, "algorithm.mixing_mode", "concat_channels", fine)
-    return found
-
-
-def _resized(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
-    "A fresh layer with so many times the inputs and outputs."
-    bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(inputs * layer.in_features, outputs * layer.out_features, bias)
-    channels = inputs * layer.in_channels, outputs * layer.out_channels
-    wide = nn.Conv2d(*channels, layer.kernel_size, layer.stride, layer.padding, bias=bias)
-    nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
-    return wide
-
-
+# %% ../nbs/08_sglr.ipynb #95524825
 class OneHead(nn.Module):
     "What client `i` gets from a `ManyHeads` server: its smashed data in everybody's place, its own head's answer."
 
-    def __init__(self, client: nn.Module, server: ManyHeads, i: int):
+    def __init__(
+        self,
+        client: nn.Module,  # x to smashed data
+        server: ManyHeads,
+        i: int,  # client, 0 … n - 1
+    ):
         super().__init__()
         self.client, self.server, self.i = client, server, i
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (batch, classes)
         smashed = torch.cat([self.client(x)] * self.server.n, 1)
         return self.server(smashed)[self.i :: self.server.n]
 
 # %% ../nbs/08_sglr.ipynb #01eeff68
 def noisy_mean(
     gradients: Tensor,  # (active client, batch, …)
-    clip_norm: float,  # C; 0: no clipping
-    noise_multiplier: float,  # σ
+    clip_norm: float,  # C ≥ 0; 0: no clipping
+    noise_multiplier: float,  # σ ≥ 0
     stream: torch.Generator,  # on the CPU
 ) -> Tensor:  # (batch, …)
     "Mean over the active clients of clipped gradients with Gaussian noise (the Gaussian mechanism on SGLR, Eq. 15)."
@@ -187,7 +212,10 @@ def epsilon(
     releases: int,  # in how many averages a sample's gradient may be: rounds × local epochs
     delta: float,  # δ in (0, 1)
 ) -> float:  # ε; infinite without noise
-    "The ε of (ε, δ) against another active client. `ImportError` without the extra `privacy`."
+    """The ε of (ε, δ) against another active client.
+
+    `ValueError` for an argument out of its range, `ImportError` without the extra `privacy`.
+    """
     require(0 <= noise_multiplier < math.inf, "noise_multiplier", noise_multiplier, "0 or more")
     require(releases >= 1, "releases", releases, "at least 1")
     require(0 < delta < 1, "delta", delta, "greater than 0, less than 1")
@@ -205,7 +233,7 @@ def require_equal_batches(
     experiment: Experiment,
     data: Sequence[LocalData],  # one a client
 ) -> None:
-    "`ValueError` if clients differ in their number of samples and the algorithm cannot do with that."
+    "`ValueError` if clients differ in their number of samples and the algorithm cannot do with that; names the field."
     config, sizes = experiment.algorithm, [len(local) for local in data]
     fine = f"{{}} while the clients' batches are unequal ({min(sizes)} to {max(sizes)} samples)"
     equal, mode = min(sizes) == max(sizes), config.mixing_mode
@@ -214,13 +242,13 @@ def require_equal_batches(
     at_most = fine.format(f"less than {1.5 / len(data):.3g} (so that no two clients are averaged)")
     require(equal or alone, "algorithm.active_fraction", config.active_fraction, at_most)
 
-
+# %% ../nbs/08_sglr.ipynb #127b08eb
 def init(
     experiment: Experiment,
     data: Sequence[LocalData],  # one a client
     ledger: Ledger,
 ) -> State:
-    "One server with SplitLr's rate; clients that keep their own models."
+    "One server with SplitLr's rate, clients that keep their own models. `ValueError` as by `require_equal_batches`."
     require_equal_batches(experiment, data)
     parts, config, n = init_parts(experiment, data), experiment.model, n_asked(experiment)
     server = parts["servers"][0].model
@@ -234,7 +262,12 @@ def init(
     return state
 
 
-def widened(experiment: Experiment, data: Sequence[LocalData], client: nn.Module, server: nn.Module) -> ManyHeads:
+def widened(
+    experiment: Experiment,
+    data: Sequence[LocalData],  # one a client
+    client: nn.Module,  # left as it is
+    server: nn.Module,  # for one client; copied
+) -> ManyHeads:
     "The server for `concat_channels`, its new layers drawn from the initialisation's stream."
     device = next(server.parameters()).device
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -243,37 +276,60 @@ def widened(experiment: Experiment, data: Sequence[LocalData], client: nn.Module
         client.train()
         return fast_layout(ManyHeads(server, smashed, len(data)).to(device).train())
 
-# %% ../nbs/08_sglr.ipynb #127b08eb
+# %% ../nbs/08_sglr.ipynb #a2d37023
+def joint_step(
+    state: State,  # whose server steps
+    rnd: int,  # round
+    s: int,  # local step
+    arrived: dict[int, tuple[Tensor, Tensor]],  # client: smashed data (B, …), labels (B,)
+) -> tuple[Tensor, dict[int, Tensor]]:  # the loss, a scalar; client: its cut gradient, shape of its smashed data
+    "Join the clients' smashed data, step once on one loss over them, and slice the gradient (SGLR, Eq. 4-5)."
+    experiment, (server,), classes = state.experiment, state.servers, state.data[0].num_classes
+    config, (smashed, labels) = experiment.algorithm, ([*each] for each in zip(*arrived.values(), strict=True))
+    smashed = [z.requires_grad_() for z in smashed]
+    stream = generator(experiment.sampling_seed, "mix", rnd, s)
+    joint, targets = MIXES[config.mixing_mode](smashed, labels, classes, stream)
+    loss, joint_grad = server_step(server, joint, targets, criterion=LOSSES[config.loss])
+    slices = torch.autograd.grad(joint, smashed, joint_grad)
+    if config.per_client_loss:
+        slices = [own * (len(joint) / len(own)) for own in slices]
+    return loss, dict(zip(arrived, slices, strict=True))
+
+# %% ../nbs/08_sglr.ipynb #5b0d49af
+def send_average(
+    state: State,
+    rnd: int,  # round
+    s: int,  # local step
+    cut_grads: dict[int, Tensor],  # client: its own cut gradient (B, …)
+    ledger: Ledger,
+) -> dict[int, Tensor]:  # active client: the average it receives (B, …); nobody if nobody is active
+    "SplitAvg: the active clients all get the mean of their cut gradients (SGLR, Eq. 15)."
+    experiment, config = state.experiment, state.experiment.algorithm
+    active = [i for i in active_clients(experiment, rnd, s, state.present) if i in cut_grads]
+    if not active:
+        return {}
+    noise = generator(experiment.sampling_seed, "noise", rnd, s)
+    of_active = torch.stack([cut_grads[i] for i in active])
+    mean = noisy_mean(of_active, config.clip_norm, config.noise_multiplier, noise)
+    return ledger.multicast(rnd, active, mean_cut_grad=mean)
+
+# %% ../nbs/08_sglr.ipynb #cd79e290
 def run_round(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
-) -> Metrics:
+) -> Metrics:  # the server's loss in each step
     "One round, usually one pass over the data (SGLR, algorithm box)."
-    metrics, (server,), experiment = Metrics(), state.servers, state.experiment
-    config, classes = experiment.algorithm, state.data[0].num_classes
+    metrics = Metrics()
     for s, batches in state.parallel_batches(rnd):
         # 1. Every client's forward pass; smashed data and labels go up.
         smashed = {i: state.clients[i](x) for i, x, _ in batches}
-        arrived = [ledger.link(rnd, i).up(smashed=smashed[i], labels=y) for i, _, y in batches]
+        arrived = {i: ledger.link(rnd, i).up(smashed=smashed[i], labels=y) for i, _, y in batches}
         # 2. The server joins them, makes one loss, and steps once, at SplitLr's rate.
-        at_server, labels = ([*tensors] for tensors in zip(*arrived, strict=True))
-        at_server = [z.requires_grad_() for z in at_server]
-        stream = generator(experiment.sampling_seed, "mix", rnd, s)
-        joint, targets = MIXES[config.mixing_mode](at_server, labels, classes, stream)
-        loss, joint_grad = server_step(server, joint, targets, criterion=LOSSES[config.loss])
         # 3. Each client's slice of the gradient.
-        slices = torch.autograd.grad(joint, at_server, joint_grad)
-        if config.per_client_loss:
-            slices = [own * (len(joint) / len(own)) for own in slices]
-        cut_grads = dict(zip(smashed, slices, strict=True))
+        loss, cut_grads = joint_step(state, rnd, s, arrived)
         # 4. SplitAvg: the active clients all get their average, in one message. The others get their own.
-        received = {}
-        if active := [i for i in active_clients(experiment, rnd, s, state.present) if i in cut_grads]:
-            noise = generator(experiment.sampling_seed, "noise", rnd, s)
-            of_active = torch.stack([cut_grads[i] for i in active])
-            mean = noisy_mean(of_active, config.clip_norm, config.noise_multiplier, noise)
-            received = ledger.multicast(rnd, active, mean_cut_grad=mean)
+        received = send_average(state, rnd, s, cut_grads, ledger)
         # 5. Every client steps. Nobody exchanges models.
         for i, z in smashed.items():
             own = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=cut_grads[i])
@@ -281,7 +337,7 @@ def run_round(
         metrics.loss(-1, s, loss)
     return metrics
 
-
+# %% ../nbs/08_sglr.ipynb #d546e34c
 def evaluation_models(
     state: State,
 ) -> list[nn.Module]:  # one a client
