@@ -30,7 +30,7 @@ from .split import Part
 class Progress:
     "How far a run has come."
 
-    next_round: int  # -1 before a warm start
+    next_round: int  # from 0; -1 before a warm start
     rounds: list[dict[str, Any]] = field(default_factory=list)  # rows of `History.rounds`
     alignments: list[dict[str, Any]] = field(default_factory=list)  # rows of `History.alignments`
 
@@ -60,6 +60,7 @@ FORMAT = 1  # goes up when the file's contents change their meaning
 
 
 def _schedules(parts: Sequence[Part]) -> list[dict[str, Any] | None]:
+    "Each part's counters; None for a part without a schedule."
     own = [part.scheduler and part.scheduler.state_dict() for part in parts]
     return [{n: v for n, v in s.items() if n not in ("lr_lambdas", "milestones")} if s else None for s in own]
 
@@ -70,7 +71,7 @@ def save_checkpoint(
     ledger: Ledger,
     progress: Progress,
 ) -> None:
-    "Write a run between two rounds. On the disk is either the checkpoint before or this one."
+    "Write a run between two rounds. On the disk is either the checkpoint before or this one. `OSError` if it fails."
     tensors = _tensors(state)
     plain = {
         "format": FORMAT,

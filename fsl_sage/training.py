@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'ALIGNMENT_COLUMNS', 'Models', 'evaluate', 'evaluate_mean', 'History', 'DivergedError', 'first_bad_loss',
            'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Bench', 'round_row', 'alignment_rows', 'Register',
-           'register_of', 'set_up', 'Callback', 'train_state', 'train', 'selected']
+           'register_of', 'set_up', 'Callback', 'Run', 'begin', 'Saver', 'one_round', 'is_spent', 'trouble',
+           'write_down', 'history', 'train_state', 'train', 'selected']
 
 # %% ../nbs/09_training.ipynb #c5940c46
 import math
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ ALGORITHMS = BASELINES | {"fsl_sage": SAGE, "sglr": SGLR}
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],  # (x, y) on the model's device
+    batches: Iterable[tuple[Tensor, Tensor]],  # x (batch, …), y (batch,), on the model's device
     criterion: Callable[..., Tensor] = F.cross_entropy,  # one of LOSSES
 ) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss per sample
     "Accuracy and loss of `model` in eval mode; leaves it in train mode."
@@ -80,7 +82,7 @@ class History:
     "What a run leaves behind."
 
     experiment: Experiment
-    rounds: pd.DataFrame
+    rounds: pd.DataFrame  # columns as above, likewise below
     alignments: pd.DataFrame
     ledger: pd.DataFrame
     stopped: str  # "rounds": all were run; "budget": `comm_threshold_mb` was reached; "diverged"
@@ -128,7 +130,7 @@ def as_rgb32(
     train, test = convert(dataset.train), convert(dataset.test)
     return replace(dataset, train=train, test=test, mean=HALF * 3, std=HALF * 3)
 
-
+# %% ../nbs/09_training.ipynb #d5e74981
 def hold_out(
     images: Images,  # the training images
     n: int,  # how many to hold out; 0: none
@@ -144,13 +146,13 @@ def hold_out(
     order = torch.randperm(len(images), generator=generator(seed, "validation"))
     return images.take(order[n:].sort().values), images.take(order[:n].sort().values)
 
-
+# %% ../nbs/09_training.ipynb #dedf047f
 def prepare(
     experiment: Experiment,
     device: torch.device,
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> tuple[Dataset, Images | None]:  # the data set less its validation images; these
-    "The experiment's images, on `device`."
+    "The experiment's images, on `device`. `ValueError` names `dataset.val_size` if too few would be left."
     config = experiment.dataset
     dataset = load(config.name, root, device, max_train=config.max_train, max_test=config.max_test)
     if config.rgb32:
@@ -178,13 +180,13 @@ def client_data(
         for i, part in enumerate(parts)
     ]  # fmt: skip
 
-# %% ../nbs/09_training.ipynb #d5e74981
+# %% ../nbs/09_training.ipynb #0d6895be
 @dataclass(frozen=True)
 class Bench:
     "What a run is measured on."
 
-    dataset: Dataset
-    validation: Images | None
+    dataset: Dataset  # less its validation images
+    validation: Images | None  # None: no validation
     algorithm: Algorithm
     criterion: Callable[..., Tensor]  # one of LOSSES
 
@@ -232,7 +234,7 @@ def alignment_rows(
 # %% ../nbs/09_training.ipynb #17de7186
 @dataclass(frozen=True)
 class Register:
-    "Who takes part in a run's rounds, and what they cost."
+    "What it takes to say who takes part in a run's rounds, and how long they last."
 
     experiment: Experiment
     samples: list[int]  # of each client
@@ -296,20 +298,25 @@ def _tell(callbacks: Sequence[Callback], device: torch.device, event: str, *what
             getattr(callback, event)(*deepcopy(what))
 
 # %% ../nbs/09_training.ipynb #626fbcbe
-def train_state(
+@dataclass
+class Run:
+    "A run between two rounds."
+
+    bench: Bench
+    state: State
+    ledger: Ledger
+    register: Register
+    done: Progress  # the rows so far
+
+
+def begin(
     experiment: Experiment,
-    device: str | torch.device = "auto",  # auto, cpu, cuda, …
-    root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-    progress: bool = True,  # show a bar with accuracy and GB
-    in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
-    checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
-    checkpoint_seconds: float = 10.0,  # between two checkpoints, more where writing takes long; 0: each round
-    callbacks: Sequence[Callback] = (),  # told of each round
-) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
-    "`train`, for those who want the trained models too."
-    fine = "an Experiment, such as preset('smoke') gives"
-    require(isinstance(experiment, Experiment), "experiment", experiment, fine)
-    device = choose_device(device)
+    device: torch.device,
+    root: str | None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+    in_flight: int | None,  # clients on the device at a time; None: all
+    checkpoint: str | Path | None,  # file to continue from, if it is there
+) -> Run:
+    "Set a run up, or continue it where the checkpoint stopped. Warns if the checkpoint cannot be used."
     dataset, validation = prepare(experiment, device, root)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
@@ -317,55 +324,8 @@ def train_state(
         state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
     register = register_of(state, experiment.clock is not None)
     done = _continued(checkpoint, state, ledger) or Progress(-int(experiment.algorithm.warm_start))
-    attending = islice(attendances(experiment, register.samples, register.costs), len(done.rounds), None)
-    ledger.phase, saved, pause, stopped = "round", time.monotonic(), checkpoint_seconds, "rounds"
-
-    def models() -> list[nn.Module]:
-        return deepcopy(algorithm.evaluation_models(state))
-
-    def history(stopped: str) -> History:
-        tables = pd.DataFrame(done.rounds), pd.DataFrame(done.alignments, columns=ALIGNMENT_COLUMNS)
-        return History(experiment, *tables, ledger.totals(), stopped)
-
-    rounds = range(done.next_round, experiment.rounds)
-    _tell(callbacks, device, "start", experiment)
-    bar = tqdm(rounds, experiment.algorithm.name, unit="round", disable=not progress)
-    for rnd, attendance in zip(bar, attending, strict=False):
-        run_round, sent = algorithm.run_round if rnd >= 0 else cse_fsl_round, len(ledger.transfers)
-        take_part(state, attendance.clients, rnd, ledger)
-        with arithmetic(experiment.precision):
-            metrics = run_round(state, rnd, ledger)
-        if len(attendance.clients) < len(state.data):
-            require_only_present(state, ledger.transfers[sent:])
-        spent = bool(experiment.comm_threshold_mb) and ledger.bytes("paper") >= experiment.comm_threshold_mb * 2**20
-        due = spent or rnd == rounds[-1] or (rnd + 1) % experiment.eval_every == 0
-        results = bench.accuracies(state, due)
-        bad = first_bad_loss(metrics, rnd)
-        if due and not math.isfinite(results["test_loss"]):
-            bad = bad or f"test loss is {results['test_loss']} after round {rnd}"
-        if bad:
-            _tell(callbacks, device, "end", history("diverged"), models)
-            raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help", history("diverged"))
-        columns = register.columns(attendance, metrics, done.rounds)
-        done.rounds.append(round_row(state, rnd, ledger, metrics, results) | columns)
-        done.alignments += alignment_rows(rnd, metrics)
-        done.next_round = rnd + 1
-        bar.set_postfix(accuracy=f"{results['test_accuracy']:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")
-        for part in state.parts if rnd >= 0 else ():
-            part.step_schedule()
-        _tell(callbacks, device, "round", done.rounds[-1], models)
-        if spent:
-            stopped = "budget"
-            break
-        if checkpoint and rnd < rounds[-1] and time.monotonic() - saved >= pause:
-            start = time.monotonic()
-            save_checkpoint(checkpoint, state, ledger, done)
-            saved = time.monotonic()
-            if checkpoint_seconds:  # at most 2 % of the time goes into checkpoints
-                pause = max(checkpoint_seconds, 50 * (saved - start))
-    ended = history(stopped)
-    _tell(callbacks, device, "end", ended, models)
-    return ended, state
+    ledger.phase = "round"
+    return Run(bench, state, ledger, register, done)
 
 
 def _continued(checkpoint: str | Path | None, state: State, ledger: Ledger) -> Progress | None:
@@ -375,20 +335,149 @@ def _continued(checkpoint: str | Path | None, state: State, ledger: Ledger) -> P
     try:
         return load_checkpoint(checkpoint, state, ledger)
     except CheckpointError as error:
-        warnings.warn(f"{error}: the run begins again", stacklevel=3)
+        warnings.warn(f"{error}: the run begins again", stacklevel=4)
         return None
 
 # %% ../nbs/09_training.ipynb #5a3c5ddf
+class Saver:
+    "Writes a run's checkpoints, not too often."
+
+    def __init__(
+        self,
+        path: str | Path | None,  # of the file; None: writes none
+        seconds: float,  # at least so long between two; 0: each time
+    ):
+        self.path, self.seconds, self.pause, self.saved = path, seconds, seconds, time.monotonic()
+
+    def save_if_due(self, run: Run) -> None:
+        "Write a checkpoint, unless the last one is too young. `OSError` if it cannot be written."
+        start = time.monotonic()
+        if not self.path or start - self.saved < self.pause:
+            return
+        save_checkpoint(self.path, run.state, run.ledger, run.done)
+        self.saved = time.monotonic()
+        self.pause = max(self.seconds, 50 * (self.saved - start)) if self.seconds else 0.0
+
+# %% ../nbs/09_training.ipynb #ebb21216
+def one_round(
+    run: Run,
+    rnd: int,  # round; -1: the warm start
+    attendance: Attendance,  # who takes part
+) -> Metrics:
+    "The round itself. `ValueError` if the algorithm sends something to or from an absent client."
+    state, ledger = run.state, run.ledger
+    run_round, sent = run.bench.algorithm.run_round if rnd >= 0 else cse_fsl_round, len(ledger.transfers)
+    take_part(state, attendance.clients, rnd, ledger)
+    with arithmetic(state.experiment.precision):
+        metrics = run_round(state, rnd, ledger)
+    if len(attendance.clients) < len(state.data):
+        require_only_present(state, ledger.transfers[sent:])
+    return metrics
+
+
+def is_spent(
+    run: Run,
+) -> bool:  # False where there is no budget
+    "Whether the budget of communication is reached."
+    budget = run.state.experiment.comm_threshold_mb
+    return bool(budget) and run.ledger.bytes("paper") >= budget * 2**20
+
+# %% ../nbs/09_training.ipynb #027f4f9e
+def trouble(
+    metrics: Metrics,
+    results: dict[str, float],  # of the evaluation
+    rnd: int,  # round
+    due: bool,  # whether it was evaluated
+) -> str | None:  # None: all losses are finite
+    "Why the run cannot go on."
+    lost = due and not math.isfinite(results["test_loss"])
+    return first_bad_loss(metrics, rnd) or (f"test loss is {results['test_loss']} after round {rnd}" if lost else None)
+
+
+def write_down(
+    run: Run,  # its `done` gets the rows
+    rnd: int,  # round
+    attendance: Attendance,
+    metrics: Metrics,
+    results: dict[str, float],  # of the evaluation
+) -> None:
+    "Add a round to the history."
+    columns = run.register.columns(attendance, metrics, run.done.rounds)
+    run.done.rounds.append(round_row(run.state, rnd, run.ledger, metrics, results) | columns)
+    run.done.alignments += alignment_rows(rnd, metrics)
+    run.done.next_round = rnd + 1
+
+
+def history(
+    run: Run,
+    stopped: str,  # as in `History`
+) -> History:
+    "The rounds so far, as tables."
+    done, columns = run.done, ALIGNMENT_COLUMNS
+    tables = pd.DataFrame(done.rounds), pd.DataFrame(done.alignments, columns=columns), run.ledger.totals()
+    return History(run.state.experiment, *tables, stopped)
+
+# %% ../nbs/09_training.ipynb #04b6a1b1
+def train_state(
+    experiment: Experiment,
+    device: str | torch.device = "auto",  # auto, cpu, cuda, …
+    root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+    progress: bool = True,  # show a bar with accuracy and GB (1024³ bytes)
+    in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
+    checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
+    checkpoint_seconds: float = 10.0,  # between two checkpoints, more where writing takes long; 0: each round
+    callbacks: Sequence[Callback] = (),  # told of each round
+) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
+    "`train`, for those who want the trained models too."
+    require(isinstance(experiment, Experiment), "experiment", experiment, "an Experiment, such as preset('smoke') gives")
+    device = choose_device(device)
+    run = begin(experiment, device, root, in_flight, checkpoint)
+    state, ledger, done = run.state, run.ledger, run.done
+
+    def models() -> list[nn.Module]:
+        return deepcopy(run.bench.algorithm.evaluation_models(state))
+
+    tell, saver, spent = partial(_tell, callbacks, device), Saver(checkpoint, checkpoint_seconds), False
+    attending = islice(attendances(experiment, run.register.samples, run.register.costs), len(done.rounds), None)
+    rounds = range(done.next_round, experiment.rounds)
+    tell("start", experiment)
+    bar = tqdm(rounds, experiment.algorithm.name, unit="round", disable=not progress)
+    for rnd, attendance in zip(bar, attending, strict=False):
+        metrics = one_round(run, rnd, attendance)
+        spent = is_spent(run)
+        due = spent or rnd == rounds[-1] or (rnd + 1) % experiment.eval_every == 0
+        results = run.bench.accuracies(state, due)
+        if bad := trouble(metrics, results, rnd, due):
+            tell("end", history(run, "diverged"), models)
+            raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help", history(run, "diverged"))
+        write_down(run, rnd, attendance, metrics, results)
+        bar.set_postfix(accuracy=f"{results['test_accuracy']:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")
+        for part in state.parts if rnd >= 0 else ():
+            part.step_schedule()
+        tell("round", done.rounds[-1], models)
+        if spent:
+            break
+        if rnd < rounds[-1]:
+            saver.save_if_due(run)
+    ended = history(run, "budget" if spent else "rounds")
+    tell("end", ended, models)
+    return ended, state
+
+# %% ../nbs/09_training.ipynb #22be9c3b
 def train(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-    progress: bool = True,  # show a bar with accuracy and GB
+    progress: bool = True,  # show a bar with accuracy and GB (1024³ bytes)
     in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
     checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
     callbacks: Sequence[Callback] = (),  # told of each round
 ) -> History:
-    "Run `experiment`. `DivergedError` when a loss is not finite, with the history so far."
+    """Run `experiment`.
+
+    `DivergedError` when a loss is not finite, with the history so far; `ValueError` names a field that does not fit
+    the data.
+    """
     return train_state(experiment, device, root, progress, in_flight, checkpoint, callbacks=callbacks)[0]
 
 # %% ../nbs/09_training.ipynb #09d3211b
