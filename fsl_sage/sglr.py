@@ -110,7 +110,7 @@ def concat_channels(
     classes: int,
     stream: torch.Generator,  # on the CPU
 ) -> tuple[Tensor, Tensor]:  # (B, n·channel, …); (B·n,)
-    "Samples side by side along the channels; labels in the order of a `ManyHeads` server's answers (released code)."
+    "Samples side by side along the channels; labels as a `ManyHeads` server answers (SGLR, released code)."
     return torch.cat(smashed, 1), torch.stack(labels, 1).flatten()
 
 
@@ -283,7 +283,7 @@ def joint_step(
     s: int,  # local step
     arrived: dict[int, tuple[Tensor, Tensor]],  # client: smashed data (B, …), labels (B,)
 ) -> tuple[Tensor, dict[int, Tensor]]:  # the loss, a scalar; client: its cut gradient, shape of its smashed data
-    "Join the clients' smashed data, step once on one loss over them, and slice the gradient (SGLR, Eq. 4-5)."
+    "Join the clients' smashed data, step once on one loss over them, and slice its gradient (SGLR, Sec. 2)."
     experiment, (server,), classes = state.experiment, state.servers, state.data[0].num_classes
     config, (smashed, labels) = experiment.algorithm, ([*each] for each in zip(*arrived.values(), strict=True))
     smashed = [z.requires_grad_() for z in smashed]
