@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'ALIGNMENT_COLUMNS', 'Models', 'evaluate', 'evaluate_mean', 'History', 'DivergedError', 'first_bad_loss',
            'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Bench', 'round_row', 'alignment_rows', 'Register',
            'register_of', 'set_up', 'Callback', 'Run', 'begin', 'Saver', 'one_round', 'is_spent', 'trouble',
-           'write_down', 'history', 'train_state', 'train', 'selected']
+           'write_down', 'history_of', 'train_state', 'train', 'selected']
 
 # %% ../nbs/09_training.ipynb #c5940c46
 import math
@@ -317,6 +317,8 @@ def begin(
     checkpoint: str | Path | None,  # file to continue from, if it is there
 ) -> Run:
     "Set a run up, or continue it where the checkpoint stopped. Warns if the checkpoint cannot be used."
+    fine = "an Experiment, such as preset('smoke') gives"
+    require(isinstance(experiment, Experiment), "experiment", experiment, fine)
     dataset, validation = prepare(experiment, device, root)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
@@ -408,7 +410,7 @@ def write_down(
     run.done.next_round = rnd + 1
 
 
-def history(
+def history_of(
     run: Run,
     stopped: str,  # as in `History`
 ) -> History:
@@ -429,7 +431,6 @@ def train_state(
     callbacks: Sequence[Callback] = (),  # told of each round
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
-    require(isinstance(experiment, Experiment), "experiment", experiment, "an Experiment, such as preset('smoke') gives")
     device = choose_device(device)
     run = begin(experiment, device, root, in_flight, checkpoint)
     state, ledger, done = run.state, run.ledger, run.done
@@ -448,8 +449,9 @@ def train_state(
         due = spent or rnd == rounds[-1] or (rnd + 1) % experiment.eval_every == 0
         results = run.bench.accuracies(state, due)
         if bad := trouble(metrics, results, rnd, due):
-            tell("end", history(run, "diverged"), models)
-            raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help", history(run, "diverged"))
+            ended = history_of(run, "diverged")
+            tell("end", ended, models)
+            raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help", ended)
         write_down(run, rnd, attendance, metrics, results)
         bar.set_postfix(accuracy=f"{results['test_accuracy']:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")
         for part in state.parts if rnd >= 0 else ():
@@ -459,7 +461,7 @@ def train_state(
             break
         if rnd < rounds[-1]:
             saver.save_if_due(run)
-    ended = history(run, "budget" if spent else "rounds")
+    ended = history_of(run, "budget" if spent else "rounds")
     tell("end", ended, models)
     return ended, state
 
