@@ -62,7 +62,7 @@ def store_root(
     "`root`, or the environment's FSL_SAGE_RUNS, or `runs/` of the checkout, or `runs/` here: the first that there is."
     return Path(root or os.environ.get("FSL_SAGE_RUNS") or (checkout() or Path()) / "runs").expanduser()
 
-# %% ../nbs/10_runs.ipynb #4df598dc
+# %% ../nbs/10_runs.ipynb #2fafd22f
 def _git(folder: Path, *command: str) -> str | None:
     "What git says in `folder`; None where there is no git or no repository."
     try:
@@ -81,7 +81,7 @@ def _device_name(device: torch.device) -> str:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
 
-
+# %% ../nbs/10_runs.ipynb #4df598dc
 def provenance(
     device: str | torch.device = "auto",  # what the run was trained on
     wall_seconds: float | None = None,  # how long that took
@@ -120,7 +120,8 @@ def _about(
     seeds: Sequence[int] = (),
     runs: Sequence[str] = (),  # hashes
 ) -> dict[str, Any]:  # plain values, for JSON
-    "What several provenances say together."
+    "What several provenances say together. `ValueError` if there are none."
+    require(bool(made), "experiments", list(made), "one or more; a figure without runs has `about_here()`")
 
     def distinct(name: str) -> list[str]:
         return list(dict.fromkeys(m[name] for m in made if m[name] is not None))
@@ -136,7 +137,7 @@ def _about(
         "finished": max(m["finished"] for m in made),
     }
 
-
+# %% ../nbs/10_runs.ipynb #6bd4f791
 def about_here(
     device: str | torch.device = "auto",  # what the figure was computed on
 ) -> dict[str, Any]:  # plain values, for JSON
@@ -155,8 +156,10 @@ class StoreError(RuntimeError):
 class UnpluggedError(StoreError):
     "A run in the store cannot be read because a plug-in is not loaded. Nothing is wrong with the run."
 
-
-def table_to_csv(table: pd.DataFrame) -> str:
+# %% ../nbs/10_runs.ipynb #c409f17e
+def table_to_csv(
+    table: pd.DataFrame,  # of numbers, texts and truth values
+) -> str:
     "The table as CSV, floats with all their digits."
     return table.to_csv(index=False, na_rep="nan", lineterminator="\n") if len(table.columns) else ""
 
@@ -166,9 +169,9 @@ PARSERS = {"int": int, "uint": int, "float": float, "bool": "True".__eq__}  # by
 
 def table_from_csv(
     path: Path,
-    types: dict[str, str],  # column -> type
+    types: dict[str, str],  # column → type, as pandas calls it
 ) -> pd.DataFrame:
-    "The table, exactly as it was written."
+    "The table, exactly as it was written. `ValueError` or `IndexError` if it does not have these columns and types."
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
     table = {}
@@ -286,13 +289,13 @@ def _empty_folder(parent: Path, name: str) -> Path:
     except OSError as error:
         raise _not_written(parent, error) from error
 
-
+# %% ../nbs/10_runs.ipynb #913e6f71
 def put_run(
     folder: Path,  # where the run shall be; hold the lock of its name
     history: History,
     made_with: dict[str, Any],  # its provenance
 ) -> None:
-    "Write a run's files and move them to `folder` in one step. A run that is there already stays."
+    "Write a run's files and move them to `folder` in one step. A run there already stays. `StoreError` if it fails."
     room = _empty_folder(folder.parent, folder.name)
     try:
         write_run(room, history, made_with)
@@ -492,6 +495,18 @@ def _frame(store: Path) -> pd.DataFrame:
     return table.merge(fields_of.drop(columns=["seed", "num_clients"]), on="hash", validate="m:1")
 
 # %% ../nbs/10_runs.ipynb #08740197
+def _in_words(about: dict[str, Any]) -> str:
+    seeds, made = about["seeds"], " and ".join(about["hardware"])
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {made}; torch {about['versions']['torch']}"
+
+
+def _export(table: pd.DataFrame, path: str | Path) -> int:  # rows
+    require(Path(path).suffix == ".parquet", "path", str(path), "a file whose name ends in .parquet")
+    with atomic_path(path) as temporary:
+        table.to_parquet(temporary, engine="pyarrow", index=False)
+    return len(table)
+
+# %% ../nbs/10_runs.ipynb #ee04db73
 class StoredRuns:
     "Finished runs, each in `<root>/<hash of its experiment>/`. `StoreError` whenever one cannot be read or written."
 
@@ -516,19 +531,15 @@ class StoredRuns:
         experiments: Sequence[Experiment],  # stored runs
     ) -> str:  # for instance "seeds 200, 201; AMD EPYC, 1 thread; torch 2.11.0"
         "What a figure of these runs must say: seeds, hardware, versions."
-        about = self.about(experiments)
-        seeds, made = about["seeds"], " and ".join(about["hardware"])
-        return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; {made}; torch {about['versions']['torch']}"
+        return _in_words(self.about(experiments))
 
     def about(
         self,
         experiments: Sequence[Experiment],  # stored runs, one or more
     ) -> dict[str, Any]:  # plain values, for JSON
         "What made these runs: seeds, hardware, versions, commit, modified, wall_seconds, runs, finished."
-        experiments = list(dict.fromkeys(experiments))
-        require(bool(experiments), "experiments", experiments, "one or more; a figure without runs has `about_here()`")
-        made = [self.made_with(run) for run in experiments]
-        return _about(made, [run.seed for run in experiments], [run.hash for run in experiments])
+        runs = list(dict.fromkeys(experiments))
+        return _about([self.made_with(run) for run in runs], [run.seed for run in runs], [run.hash for run in runs])
 
     def frame(self) -> pd.DataFrame:  # columns of `tidy`, then all fields of the experiments by their dotted names
         "All finished runs in one table, one row per run and round. `StoreError` if one of them cannot be used."
@@ -539,11 +550,7 @@ class StoredRuns:
         path: str | Path,  # a file whose name ends in .parquet
     ) -> int:  # rows
         "Write `frame()` as a Parquet file."
-        require(Path(path).suffix == ".parquet", "path", str(path), "a file whose name ends in .parquet")
-        table = self.frame()
-        with atomic_path(path) as temporary:
-            table.to_parquet(temporary, engine="pyarrow", index=False)
-        return len(table)
+        return _export(self.frame(), path)
 
 # %% ../nbs/10_runs.ipynb #92ae504e
 def _cores() -> int:
@@ -637,6 +644,13 @@ def _set_aside(store: Path, name: str) -> bool:
     return bool(there)
 
 # %% ../nbs/10_runs.ipynb #db0c3163
+def _raise_first(failed: Sequence[Exception], asked: int) -> None:
+    if len(failed) > 1:
+        failed[0].add_note(f"{len(failed) - 1} more of {asked} runs failed; the others are stored")
+    for error in failed:
+        raise error
+
+# %% ../nbs/10_runs.ipynb #51613dd0
 class RunStore(StoredRuns):
     "`StoredRuns` that more can be added to: `get` trains what is missing."
 
@@ -646,7 +660,7 @@ class RunStore(StoredRuns):
         wall_seconds: float | None = None,  # what it took
         device: str | torch.device = "auto",  # what it was trained on
     ) -> Path:  # the run's folder
-        "Store a finished run. A run of the same experiment that is there already stays."
+        "Store a finished run. One of the same experiment that is there already stays. `ValueError` if it diverged."
         require(history.stopped != "diverged", "history.stopped", history.stopped, "'rounds' or 'budget'")
         folder = self.folder(history.experiment)
         if not folder.exists():
@@ -663,16 +677,13 @@ class RunStore(StoredRuns):
         jobs: int | None = None,  # runs at a time, each in a process of its own; None: one a core on a CPU, else one
         callbacks: Sequence[Callback] = (),  # told of the rounds that are trained; each process has its own copies
     ) -> list[History]:  # one an experiment, in their order
-        "The runs of `experiments`; what is missing is trained. Should one fail, the others are stored all the same."
+        "The runs of `experiments`, trained if missing. If some fail, the others are stored; raises the first error."
         listed = isinstance(experiments, Iterable) and all(isinstance(run, Experiment) for run in experiments)
         require(listed, "experiments", experiments, "a list of Experiments, such as [preset('smoke')]")
         histories = [self.find(experiment) for experiment in experiments]  # a damaged run is reported first
         if any(history is None for history in histories):
-            failed = list(train_missing(self.root, experiments, device, root, progress, jobs, callbacks).values())
-            if len(failed) > 1:
-                failed[0].add_note(f"{len(failed) - 1} more of {len(experiments)} runs failed; the others are stored")
-            for error in failed:
-                raise error
+            failed = train_missing(self.root, experiments, device, root, progress, jobs, callbacks)
+            _raise_first(list(failed.values()), len(experiments))
             histories = [self.find(experiment) for experiment in experiments]
         return histories
 
@@ -697,11 +708,11 @@ def label(
     algorithm = experiment.algorithm
     return LABELS.get(algorithm.name, algorithm.name) + (" (shared server)" if algorithm.share_server else "")
 
-
+# %% ../nbs/10_runs.ipynb #512802bd
 def tidy(
     histories: Sequence[History],
 ) -> pd.DataFrame:  # columns algorithm, label, seed, num_clients, dataset, hash, then those of `History.rounds`
-    "One row per run and round."
+    "One row per run and round. `ValueError` if there are none."
     require(len(histories) > 0, "histories", list(histories), "one or more")
     tables = []
     for history in histories:
