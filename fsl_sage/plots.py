@@ -95,24 +95,24 @@ def _dress(ax: Axes, x: str, y: str) -> None:
     ax.grid(alpha=0.3)
     despine(ax)
 
-
+# %% ../nbs/11_plots.ipynb #95fff492
 def plot_curves(
     frame: pd.DataFrame,  # a row a run × round: label, seed, and the columns of the axes, as from `runs.tidy`
     x: str,  # one of AXES
     y: str,  # one of AXES
     ax: Axes,
 ) -> None:
-    "Draw `y` over `x` for every method in `frame`, in the order of STYLES."
+    "Draw `y` over `x` for every method in `frame`, in the order of STYLES. `ValueError` if there is no run."
     require(not frame.empty, "frame", len(frame), "a table with at least one run")
     labels = [label for label in STYLES if label in set(frame.label)]
     for i, label in enumerate(labels):
         _curve(frame[frame.label == label], x, y, ax, i / len(labels), label=label, **STYLES[label])
     _dress(ax, x, y)
 
-
+# %% ../nbs/11_plots.ipynb #b4dd0967
 def level(
     ax: Axes,
-    value: float,
+    value: float,  # in the unit of the y axis
     label: str = "centralised",  # one of STYLES
 ) -> None:
     "A horizontal line: what a method without communication reaches."
@@ -138,7 +138,7 @@ def plot_family(
     ax: Axes,
     name: str = "",  # what the legend writes before each value
 ) -> None:
-    "Draw `y` over `x`, mean ± deviation over runs, for every value of `by`."
+    "Draw `y` over `x`, mean ± deviation over runs, for every value of `by`. `ValueError` if they are too many."
     values = list(frame[by].unique())
     require(1 <= len(values) <= len(FAMILY_MARKERS), by, values, f"a column of 1 to {len(FAMILY_MARKERS)} values")
     ramp = plt.get_cmap("viridis")
