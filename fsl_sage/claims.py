@@ -28,7 +28,7 @@ LEDGER_COLUMNS = ("paper", "artefact", "setting", "metric", "value", "unit", "so
 def parse_setting(
     setting: str,  # for instance "n_clients=1 averaging=initial 60%" or "active_fraction=0.5 vs FL"
 ) -> dict[str, float | str]:
-    "The setting of a claim by name; numbers become numbers, what follows `vs` is called `vs`."
+    "The setting of a claim by name; numbers become numbers, what follows `vs` is called `vs`. `ValueError` if empty."
     pairs = re.findall(r"(\w+)=(.*?)(?=\s+\w+=|\s+vs\s|$)", setting) + re.findall(r"\s(vs)\s+(.+)$", setting)
     require(bool(pairs), "setting", setting, "name=value, several with blanks between")
     numeric = re.compile(r"-?\d+(\.\d+)?")
@@ -61,7 +61,7 @@ def all_published() -> pd.DataFrame:  # LEDGER_COLUMNS
 
 def published(
     paper: str,  # sage or sglr
-    artefact: str | None = None,  # the paper's table or figure, as `artefacts` lists them; None: all
+    artefact: str | None = None,  # the paper's table or figure, as the column `artefact` has it; None: all
     metric: str | None = None,  # None: all
 ) -> pd.DataFrame:  # the ledger's columns, `reading_error`, and a column for each name in the settings
     "The published numbers of a paper. `ValueError` lists what there is if a name is unknown."
@@ -137,18 +137,18 @@ def verdict(
         return "holds", f"within {allowed:.3g}" if allowed else "exactly"
     return "differs", f"by {gap:.3g}, allowed {allowed:.3g}"
 
-# %% ../nbs/12_claims.ipynb #bb2fe07c
+# %% ../nbs/12_claims.ipynb #8d2a056b
 def parse_order(
     order: str,  # for instance "fsl_sage < cse_fsl, fed_avg"
 ) -> list[list[str]]:  # groups of names, from the smallest numbers to the largest
-    "The groups of an order."
+    "The groups of an order. `ValueError` if it is none."
     groups = [[name.strip() for name in group.split(",")] for group in order.split("<")]
     names = [name for group in groups for name in group]
     ok = len(groups) > 1 and all(names) and len(set(names)) == len(names)
     require(ok, "order", order, "names with < or , between, each once")
     return groups
 
-
+# %% ../nbs/12_claims.ipynb #bb2fe07c
 def order_verdict(
     order: Sequence[Sequence[str]],  # from `parse_order`
     ours: Mapping[str, float],  # by name: mean over our runs; a name that is missing was not run
@@ -259,8 +259,8 @@ def _found(
 
 
 def _statement(
-    claim: Any,
-    found: pd.DataFrame,
+    claim: Any,  # a row of `order_claims`
+    found: pd.DataFrame,  # our numbers for it, from `_found`
 ) -> dict[str, Any]:  # what any row of the ledger says
     once = {name: ", ".join(dict.fromkeys(found[name])) for name in ("preset", "figure", "hardware")}
     return once | {
@@ -269,7 +269,7 @@ def _statement(
         "n": int(found.n.min()) if len(found) else 0,
     }  # fmt: skip
 
-
+# %% ../nbs/12_claims.ipynb #0e9420fc
 def _order_row(claim: Any, found: pd.DataFrame) -> dict[str, Any]:  # a row of the ledger
     row = _statement(claim, found)
     never = math.inf if claim.metric.startswith("communication_to_") else math.nan
@@ -279,7 +279,7 @@ def _order_row(claim: Any, found: pd.DataFrame) -> dict[str, Any]:  # a row of t
 
 
 def _ratio_row(claim: Any, found: pd.DataFrame) -> dict[str, Any]:  # a row of the ledger, for `judge`
-    "The ratio as a number like any other; relative errors add up, relative deviations as independent ones do."
+    "The ratio of the larger number to the smaller; relative errors add up, relative deviations as independent ones do."
     (low, high), numbers = numbers_of(claim).index, numbers_of(claim)
     ratio = numbers.value[high] / numbers.value[low]
     error = ratio * (numbers.reading_error / numbers.value).sum()

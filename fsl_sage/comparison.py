@@ -40,17 +40,17 @@ OWN_SIZES = {  # where a method differs from the others
 def comparison_run(
     size: str,  # smoke, quick or paper
     algorithm: str,  # one of METHODS, or centralised
-    alpha: float | None = None,  # of a Dirichlet partition; None: IID
+    alpha: float | None = None,  # of a Dirichlet partition, > 0, small: uneven; None: IID
     **changes: object,  # fields by dotted name
 ) -> Experiment:
-    "A run of the comparison."
+    "A run of the comparison. `ValueError` names a size or field that is unknown."
     sizes = SIZES[one_of("preset", size, SIZES)] | OWN_SIZES.get((size, algorithm), {})
     spread = {} if alpha is None else {"dataset.distribution": "noniid_dirichlet", "dataset.alpha": float(alpha)}
     return preset(size, algorithm, **(sizes | spread | changes))
 
 # %% ../nbs/12b_comparison.ipynb #b88c66ed
 AUXILIARY_SIZES = ("linear", "one_block", "default", "server_copy")
-INTERVALS = {"smoke": (1, 2), "quick": (2, 3, 6, 12), "paper": (2, 3, 5, 10, 20, 30, 40, 50)}  # l
+INTERVALS = {"smoke": (1, 2), "quick": (2, 3, 6, 12), "paper": (2, 3, 5, 10, 20, 30, 40, 50)}  # l: rounds
 ABLATIONS = {
     "smoke": {"dataset.max_train": 300, "dataset.max_test": 100, "algorithm.align_epochs": 2},
     "quick": {
@@ -66,7 +66,7 @@ def ablation_run(
     algorithm: str,  # fsl_sage or cse_fsl
     **changes: object,  # fields by dotted name
 ) -> Experiment:
-    "A run of the figures about alignment."
+    "A run of the figures about alignment. `ValueError` names a size or field that is unknown."
     return preset(size, algorithm, **(ABLATIONS[one_of("preset", size, ABLATIONS)] | changes))
 
 
@@ -81,7 +81,9 @@ def auxiliary_size_run(
     return ablation_run(size, "fsl_sage", **{"model.auxiliary.size": auxiliary}, **most, **changes)
 
 # %% ../nbs/12b_comparison.ipynb #d5699c05
-def partition_name(experiment: Experiment) -> str:
+def partition_name(
+    experiment: Experiment,
+) -> str:  # for instance "IID" or "Dirichlet α = 0.1"
     "How the data are spread over the clients, in words."
     dataset = experiment.dataset
     names = {"iid": "IID", "noniid": f"{dataset.shard_num} shards a client", "balanced": "balanced"}
@@ -100,7 +102,7 @@ def comparison_table(
 def outcomes(
     table: pd.DataFrame,  # from `comparison_table`
 ) -> pd.DataFrame:  # a row a run: partition, label, seed, algorithm, rounds, gigabytes, …
-    "What each run sent, its final accuracy and its best, and where the best was first reached."
+    "What each run sent, its final accuracy and its best, and where the best was first reached. `ValueError` if empty."
     require(not table.empty, "table", len(table), "a table with at least one run")
     rows = []
     for (partition, label, seed), run in table.groupby(["partition", "label", "seed"], sort=False):

@@ -30,7 +30,7 @@ def latency(
     rate: float = RATE,  # R, bytes per second, greater than 0
     slower: float = 1.0,  # c, computing time as a multiple of that measured
 ) -> Number:  # seconds
-    "What computing and sending take, one after the other (FSL-SAGE, the latency figure's model)."
+    "What computing and sending take, one after the other. `ValueError` for a rate of 0 (FSL-SAGE, latency figure)."
     require(rate > 0, "rate", rate, "greater than 0, in bytes per second")
     return slower * computed + sent / rate
 
