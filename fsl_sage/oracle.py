@@ -43,23 +43,23 @@ def fill_parameters(
             value = r * np.sqrt(2 / tensor[0].numel())
         tensor.copy_(torch.from_numpy(np.asarray(value)))
 
-
+# %% ../nbs/13_oracle.ipynb #6437d53a
 def formula_data(
     n: int,  # samples
-    image_size: int,  # pixels
+    image_size: int,  # height and width, pixels
     batch_size: int,
     seed: int,  # 10 + client, 99 for the test set
-) -> FixedData:
+) -> FixedData:  # x (n, 3, image_size, image_size); y (n,), 0 … 9
     "Random images and labels by formula, in float64."
     x = np.random.RandomState(seed).standard_normal((n, 3, image_size, image_size))
     y = np.random.RandomState(seed + 500).randint(0, 10, n)
     return FixedData(torch.from_numpy(x), torch.from_numpy(y).long(), batch_size)
 
-# %% ../nbs/13_oracle.ipynb #6437d53a
+# %% ../nbs/13_oracle.ipynb #5e72dbf5
 def fingerprint(
     tensor: Tensor,
 ) -> list[float]:  # [Σ f_j, Σ f_j², Σ f_j cos(j/10)] over the flattened tensor
-    "Three sums that tell whether two tensors are equal."
+    "Three sums that will differ if two tensors do."
     f = tensor.detach().double().flatten()
     j = torch.arange(len(f), dtype=torch.double)
     return [f.sum().item(), f.square().sum().item(), (f * torch.cos(0.1 * j)).sum().item()]
@@ -136,7 +136,7 @@ def _start(spec: dict[str, Any], experiment: Experiment, algorithm: Algorithm, l
     ledger.phase = "round"
     return state
 
-
+# %% ../nbs/13_oracle.ipynb #bc00d23c
 def _show_sglr(state: State, algorithm: Algorithm, test: FixedData) -> dict[str, Any]:
     criterion = LOSSES[state.experiment.algorithm.loss]
     results = [evaluate(model, test.batches(0, 0), criterion) for model in algorithm.evaluation_models(state)]
