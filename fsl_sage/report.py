@@ -41,7 +41,7 @@ _MARKDOWN = MarkdownIt("commonmark", {"html": False}).use(dollarmath_plugin, ren
 def render(
     text: str,  # markdown, with formulas between dollars
     inline: bool = False,  # without a paragraph around it
-) -> Markup:
+) -> Markup:  # HTML that a template does not escape again
     "Markdown as HTML that is safe to put into a page."
     text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     return Markup(_MARKDOWN.renderInline(text) if inline else _MARKDOWN.render(text))  # html=False escapes the rest
@@ -53,13 +53,13 @@ class Intro:
 
     title: str
     text: str  # the claim, and where ours deviates
-    presets: Mapping[str, str]  # what is run in each
+    presets: Mapping[str, str]  # preset → what it runs
 
 
 def read_intro(
     notebook: Path,
 ) -> Intro:
-    "The first cell of a figure notebook: `# title`, paragraphs, and a table of presets, if it has one."
+    "The first cell of a figure notebook: `# title`, paragraphs, a table of presets if it has one. `ValueError` if not."
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     title, _, rest = "".join(cells[0]["source"]).partition("\n")
     ok = cells[0]["cell_type"] == "markdown" and re.match("# .", title)
@@ -100,7 +100,7 @@ def _link(path: Path, folder: Path) -> str:
     "The address of `path` in a page in `folder`."
     return quote(Path(os.path.relpath(path, folder)).as_posix())
 
-
+# %% ../nbs/16_report.ipynb #4e840c86
 def read_versus(
     path: Path,  # NAME_paper_versus_ours.csv
 ) -> dict[str, Any]:  # rows: the claims that were run; not_run: how many were not
@@ -109,12 +109,12 @@ def read_versus(
     ran = judge(table[table.n > 0]) if len(table) else table  # a figure may have nothing to compare in its preset
     return {"rows": ran.to_dict("records"), "not_run": len(table) - len(ran)}
 
-
+# %% ../nbs/16_report.ipynb #a8d00460
 def read_figures(
     gallery: Path,
     notebooks: Path,  # folder with the figure notebooks
 ) -> list[dict[str, Any]]:  # by name
-    "Every figure: its notebook, its pictures, its tables."
+    "Every figure: its notebook, its pictures, its tables. `ValueError` as by `read_intro` and `read_picture`."
     intros = {path.stem: path for path in sorted(notebooks.glob("*.ipynb"))}
     pngs, csvs = (sorted(gallery.glob(f"*.{suffix}")) for suffix in ("png", "csv"))
     intros |= {png.stem: None for png in pngs if owner(png.stem, intros) is None}
@@ -131,7 +131,7 @@ def read_figures(
         })  # fmt: skip
     return figures
 
-# %% ../nbs/16_report.ipynb #4e840c86
+# %% ../nbs/16_report.ipynb #8a926b0a
 def number(
     value: float,  # NaN: there is none
 ) -> str:
@@ -142,9 +142,9 @@ def number(
 
 
 def measured(
-    mean: float,
-    deviation: float,  # NaN: one run
-    n: int,
+    mean: float,  # NaN: no run got there
+    deviation: float,  # over the runs; NaN: one run
+    n: int,  # runs
 ) -> str:  # for instance "0.834 ± 0.002, n = 3"
     "Mean ± deviation over n runs."
     if n == 0:
@@ -154,7 +154,7 @@ def measured(
 
 
 def duration(
-    seconds: float,
+    seconds: float,  # 0 or more
 ) -> str:
     "Seconds below a minute, minutes below an hour, else hours and minutes."
     minutes = round(seconds / 60)
@@ -174,12 +174,12 @@ def by_paper(
     groups = {label: [f for f in figures if owner(f["name"], PAPERS) == (key or None)] for key, label in PAPERS.items()}
     return {label: group for label, group in groups.items() if group}
 
-
+# %% ../nbs/16_report.ipynb #c2407239
 def build_report(
     gallery: str | Path,  # folder with pictures and tables; the page goes there
     notebooks: str | Path,  # folder with the figure notebooks
 ) -> Path:  # the page
-    "Write the gallery's page `index.html` and the ledger of claims beside it."
+    "Write the gallery's page `index.html` and the ledger of claims beside it. `ValueError` as by `read_figures`."
     gallery, notebooks = Path(gallery), Path(notebooks)
     require(notebooks.is_dir(), "notebooks", str(notebooks), "a folder with figure notebooks")
     figures, ledger = read_figures(gallery, notebooks), gather(gallery)
