@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'HELP', 'Options', 'explained', 'help_text', 'schema', 'keys_of', 'choices', 'register', 'check_keys',
-           'is_here', 'settled', 'Job', 'job_of', 'jobs_of', 'train_job', 'hydra_job', 'launch', 'comparison', 'run',
-           'described', 'export', 'main']
+           'is_here', 'settled', 'Job', 'job_of', 'jobs_of', 'train_job', 'hydra_job', 'launch', 'comparison',
+           'described', 'run', 'export', 'main']
 
 # %% ../nbs/17_cli.ipynb #80a7830d
 import argparse
@@ -43,6 +43,15 @@ def _source(module: str) -> str:
     return Path(find_spec(f"fsl_sage.{module}").origin).read_text("utf-8")
 
 
+def _keys(module: str, variable: str) -> list[str]:
+    "The keys of a dictionary that is written out in the source."
+    for node in ast.parse(_source(module)).body:
+        names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+        if variable in names and isinstance(node.value, ast.Dict):
+            return [key.value for key in node.value.keys]
+    raise ValueError(f"{module} writes out no {variable}")
+
+# %% ../nbs/17_cli.ipynb #eb8ad6b8
 def _explained(
     classes: dict[str, ast.ClassDef],  # of the source
     lines: Sequence[str],  # of the source
@@ -75,19 +84,10 @@ def explained(
     module: str,
     kind: str,  # name of a dataclass in it
 ) -> list[tuple[str, str, str]]:  # dotted name, default, comment
-    "The fields of a dataclass for a reader."
+    "The fields of a dataclass for a reader, with those of the dataclasses in it."
     source = _source(module)
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     return list(_explained(classes, source.splitlines(), kind))
-
-
-def _keys(module: str, variable: str) -> list[str]:
-    "The keys of a dictionary that is written out in the source."
-    for node in ast.parse(_source(module)).body:
-        names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
-        if variable in names and isinstance(node.value, ast.Dict):
-            return [key.value for key in node.value.keys]
-    raise ValueError(f"{module} writes out no {variable}")
 
 # %% ../nbs/17_cli.ipynb #9777a011
 HELP = """\
@@ -141,7 +141,7 @@ def schema(
 def _dataclass_in(hint: Any) -> type | None:
     return next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
 
-
+# %% ../nbs/17_cli.ipynb #57184d05
 def keys_of(
     kind: type,  # a dataclass
     above: str = "",  # dotted names above it
@@ -168,7 +168,7 @@ def choices(
         "model": list(MODELS), "algorithm": list(ALGORITHM_FIELDS),
     }  # fmt: skip
 
-
+# %% ../nbs/17_cli.ipynb #1171e9f5
 def register(
     data_root: str | None = None,
 ) -> type:  # the root's dataclass
@@ -203,7 +203,7 @@ def _parsed(words: Sequence[str]) -> list[Any]:  # Hydra's Override objects
             raise ValueError(f"{word!r} is not KEY=VALUE: {str(error).splitlines()[0]}") from error
     return found
 
-
+# %% ../nbs/17_cli.ipynb #73a5a693
 def check_keys(
     overrides: Sequence[Any],  # Hydra's, parsed
     root: type,  # of the structured configs
@@ -232,7 +232,7 @@ def _words(override: Any) -> list[str]:
         return [override.input_line]
     return [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
 
-# %% ../nbs/17_cli.ipynb #73a5a693
+# %% ../nbs/17_cli.ipynb #3b375257
 def is_here(
     name: str,  # of a data set
     root: str | None = None,  # folder with data sets
@@ -248,7 +248,7 @@ def settled(
     preset_name: str | None = None,
     data_root: str | None = None,
 ) -> tuple[Any, str]:  # the experiment; what to tell the user about where it begins, or nothing
-    "The experiment that is meant."
+    "The experiment that is meant. `ValueError` names a field that is wrong."
     from fsl_sage.config import preset
 
     given, note = dict(given), ""
@@ -278,7 +278,7 @@ def job_of(
     config: Any,  # composed by Hydra
     words: Sequence[str],  # the overrides that it was composed of
 ) -> Job:
-    "What one job of the command line means."
+    "What one job of the command line means. `ValueError` names the word that is wrong."
     from omegaconf import OmegaConf
 
     from fsl_sage.core import one_of, require
@@ -350,7 +350,7 @@ def train_job(
         with tempfile.TemporaryDirectory() as folder:
             RunStore(folder).get([job.experiment], *where, keep)
 
-
+# %% ../nbs/17_cli.ipynb #3af83b79
 def hydra_job(config: Any) -> None:  # composed by Hydra
     "What Hydra's launcher runs, in whatever process. A run that fails does not stop the others."
     from hydra.core.hydra_config import HydraConfig
@@ -364,7 +364,7 @@ def hydra_job(config: Any) -> None:  # composed by Hydra
     except Exception as error:
         print(f"fsl-sage: run {job.experiment.hash}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
-# %% ../nbs/17_cli.ipynb #3af83b79
+# %% ../nbs/17_cli.ipynb #913b1e40
 def launch(
     words: Sequence[str],  # KEY=VALUE,VALUE
     hydra_words: Sequence[str],  # those for Hydra itself
@@ -386,7 +386,7 @@ def launch(
         finally:
             sys.argv = before
 
-
+# %% ../nbs/17_cli.ipynb #54bf01b6
 def comparison(
     jobs: Sequence[Job],
 ) -> tuple[str, int]:  # the table; how many runs are not in the store
@@ -413,13 +413,20 @@ def comparison(
     end = f"{failed} of {len(jobs)} runs failed" if failed else f"in {store.root}"
     return "\n".join(filter(None, [table, end])), failed
 
-# %% ../nbs/17_cli.ipynb #913b1e40
+# %% ../nbs/17_cli.ipynb #916452b6
+def described(experiment: Any) -> str:
+    "An experiment as YAML, with its hash."
+    from omegaconf import OmegaConf
+
+    return f"# run {experiment.hash}\n{OmegaConf.to_yaml(OmegaConf.create(experiment.to_dict()))}"
+
+# %% ../nbs/17_cli.ipynb #55cf83c7
 def run(
     words: Sequence[str],  # KEY=VALUE
     multirun: bool = False,
     show: bool = False,  # only say what would be run
 ) -> int:  # exit status
-    "Train what the command line asks for and the store does not have, and compare it."
+    "Train what the command line asks for and the store does not have, and compare it. `ValueError` if it is wrong."
     from fsl_sage.runs import RunStore, model_of
 
     hydra_words = [word for word in words if word.startswith(("hydra.", "hydra/"))]
@@ -444,15 +451,10 @@ def run(
     print(table)
     return 1 if failed else 0
 
-
-def described(experiment: Any) -> str:
-    "An experiment as YAML, with its hash."
-    from omegaconf import OmegaConf
-
-    return f"# run {experiment.hash}\n{OmegaConf.to_yaml(OmegaConf.create(experiment.to_dict()))}"
-
-# %% ../nbs/17_cli.ipynb #54bf01b6
-def export(argv: Sequence[str]) -> int:  # exit status
+# %% ../nbs/17_cli.ipynb #ca6add5b
+def export(
+    argv: Sequence[str],  # the words after `export`
+) -> int:  # exit status
     "`fsl-sage export RUN FILE.safetensors`."
     parser = argparse.ArgumentParser(
         prog="fsl-sage export",
@@ -475,7 +477,7 @@ def export(argv: Sequence[str]) -> int:  # exit status
     print(f"{export_model(store.root, name, args.file, args.client)} tensors written to {args.file}")
     return 0
 
-
+# %% ../nbs/17_cli.ipynb #04816b90
 def main(
     argv: Sequence[str] | None = None,  # None: the command line's
 ) -> int:  # exit status: 0 done, 1 a run failed or the store cannot be used, 2 wrong usage, 130 interrupted
