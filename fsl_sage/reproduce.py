@@ -66,7 +66,7 @@ def parameters_for(
 # %% ../nbs/18_reproduce.ipynb #9389d303
 def plan(
     notebook: str | Path,
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, Any],  # set after the cell tagged `parameters`
 ) -> list[Experiment] | None:  # None: it has no cell tagged `plan`
     "The runs that a figure notebook will ask of the store. Whatever its cells raise is passed on."
     import nbformat
@@ -114,7 +114,7 @@ class Figure:
     "A notebook to execute, and what became of it."
 
     notebook: Path
-    parameters: dict[str, Any]
+    parameters: dict[str, Any]  # for papermill
     experiments: list[Experiment] = field(default_factory=list)  # that it will ask of the store, as far as is known
     remarks: list[str] = field(default_factory=list)  # for the summary
     wrong: str | None = None  # what went wrong, in a line
@@ -150,7 +150,7 @@ def execute(
 # %% ../nbs/18_reproduce.ipynb #dda79e54
 def store_of(
     folder: Path,  # with the notebooks
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, Any],  # of the notebooks; `runs_root` counts
 ) -> RunStore:
     "The store that the notebooks in `folder` use."
     default = os.environ.get("FSL_SAGE_RUNS") or (checkout(folder) or folder) / "runs"
@@ -164,7 +164,7 @@ def kernel_environment(store: RunStore) -> dict[str, str]:
         found["FSL_SAGE_DATA"] = str(Path(data).expanduser().absolute())
     return found
 
-
+# %% ../nbs/18_reproduce.ipynb #5c156322
 def planned(
     notebooks: Sequence[Path],
     parameters: Mapping[str, Any],  # passed to each
@@ -213,11 +213,11 @@ def machines(
 def train_planned(
     figures: Sequence[Figure],
     store: RunStore,
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, Any],  # of the notebooks; `device` and `data_root` count
     jobs: int,  # runs at a time
     force: bool,  # train again what is stored
 ) -> dict[Experiment, Exception]:  # what failed
-    "Train what the figures need and the store does not have."
+    "Train what the figures need and the store does not have. `StoreError` if it cannot be written."
     asked = [run for figure in figures for run in figure.experiments]
     needed = list(dict.fromkeys(asked))
     if force:
@@ -244,7 +244,7 @@ def execute_all(
     # A pool of one would be this process; only as many as are dispatched beforehand are at work at a time.
     yield from side_by_side(work, max(2, jobs), pre_dispatch=jobs)
 
-
+# %% ../nbs/18_reproduce.ipynb #1d6d2c8c
 def summary(
     figures: Sequence[Figure],
     failed: Mapping[Experiment, Exception],  # runs
@@ -315,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         help="set another parameter of the notebooks; VALUE is JSON or plain text; may be repeated")  # fmt: skip
     return parser
 
-
+# %% ../nbs/18_reproduce.ipynb #bc820cbd
 def _value(text: str) -> Any:
     "A parameter's value as typed: JSON if it is, else the text itself."
     try:
@@ -333,7 +333,7 @@ def _kill_is_interrupt() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
 
-
+# %% ../nbs/18_reproduce.ipynb #faf9500d
 def _run(
     args: argparse.Namespace,  # as the parser gives them
 ) -> int:  # exit status
