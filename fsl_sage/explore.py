@@ -135,7 +135,7 @@ def plot_cuts(
     table: pd.DataFrame,  # from `explore`
     chosen: str | None = None,  # a cut to point out, with its numbers; None: none
 ) -> Figure:
-    "Four bars and a set of curves over all cuts."
+    "Four bars and a set of curves over all cuts. `ValueError` if `chosen` is none of them."
     require(len(table) > 0, "table", len(table), "a table with at least one cut")
     if chosen is not None:
         one_of("chosen", chosen, table.index)

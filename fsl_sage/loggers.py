@@ -14,7 +14,7 @@ from typing import Any
 from .config import Experiment
 from .training import Callback, History, Models
 
-
+# %% ../nbs/14d_loggers.ipynb #7228f496
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     "A row's finite numbers but the round's."
     return {name: float(value) for name, value in row.items() if name != "round" and math.isfinite(value)}
@@ -27,7 +27,7 @@ class TensorBoard(Callback):
         self.folder = Path(store) / "tensorboard"
 
     def start(self, experiment: Experiment) -> None:
-        "Open the run's folder."
+        "Open the run's folder. `ImportError` without the extra `tensorboard`."
         from torch.utils.tensorboard import SummaryWriter  # an extra
 
         self.writer = SummaryWriter(self.folder / experiment.hash)
@@ -49,12 +49,12 @@ class WandB(Callback):
     def __init__(
         self,
         store: str | Path,  # root of the store
-        project: str = "fsl_sage",
+        project: str = "fsl_sage",  # under which Weights & Biases lists the runs
     ):
         self.folder, self.project = Path(store), project
 
     def start(self, experiment: Experiment) -> None:
-        "Begin a run with the experiment's configuration."
+        "Begin a run with the experiment's configuration. `ImportError` without the extra `wandb`."
         import wandb  # an extra
 
         self.folder.mkdir(parents=True, exist_ok=True)

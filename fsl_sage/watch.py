@@ -48,10 +48,10 @@ class Look:
         "‖estimate‖ / ‖truth‖: below 1 the estimate is too timid."
         return float(self.est_cut_grad.norm() / self.cut_grad.norm())
 
-
+# %% ../nbs/15a_watch.ipynb #b0f0a388
 def look(
     state: State,  # of an algorithm with auxiliary models; stays as it is
-    i: int,  # client
+    i: int,  # client, from 0
     rnd: int,  # round whose first batch is looked at
 ) -> Look:
     "The true and the estimated gradient at client `i`'s cut. `ValueError` where there are no auxiliary models."
@@ -67,7 +67,7 @@ def look(
 # %% ../nbs/15a_watch.ipynb #2b0a73d5
 def watched_rounds(
     experiment: Experiment,
-    device: str | torch.device = "auto",
+    device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ledger: Ledger | None = None,  # what was sent; None: nobody wants to know
 ) -> Iterator[tuple[int, State]]:  # round, from -1; the state after it, which the next round changes
@@ -97,13 +97,13 @@ def strongest(
     order = seen.cut_grad.flatten(1).norm(dim=1).argsort(descending=True)[:samples]
     return order.tolist(), seen.cut_grad[order].square().sum((0, 2, 3)).argsort(descending=True)[:channels].tolist()
 
-
+# %% ../nbs/15a_watch.ipynb #31df7560
 def plot_look(
     seen: Look,
     samples: list[int] | None = None,  # of the batch; None: the strongest four
     channels: list[int] | None = None,  # None: the strongest three
 ) -> Figure:
-    "Images, activations, and pairs of true and estimated gradients."
+    "Images, activations, and pairs of gradients. `ValueError` where the cut has no height and width."
     fine = "activations of shape (batch, channel, height, width), to draw them"
     require(seen.smashed.ndim == 4, "smashed", tuple(seen.smashed.shape), fine)
     best = strongest(seen, 4, 3)
