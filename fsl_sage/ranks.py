@@ -38,14 +38,17 @@ class RankMail:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
 
     def send(self, to: int, kinds: Sequence[str], data: bytes) -> None:
+        "To a place, SERVER or a client; returns when it is on its way."
         dist.send(self._room(data, len(data)), to + 1)
 
     def receive(self, source: int, kinds: Sequence[str], size: int) -> bytes:
+        "The next message of `size` bytes from a place; waits for it."
         room = self._room(None, size)
         dist.recv(room, source + 1)
         return room.cpu().numpy().tobytes()
 
     def multicast(self, clients: Sequence[int], data: bytes | None, size: int) -> bytes | None:
+        "From the server, which has `data`, to `clients`; None at those that are not meant."
         room = self._room(data, size)
         dist.broadcast(room, 0)
         return room.cpu().numpy().tobytes() if self.place in clients else None
@@ -57,7 +60,7 @@ def train_on_ranks(
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     progress: bool = True,  # the server prints a line a round
 ) -> History | None:  # at the server; None at a client
-    "Run `experiment` in the process group that this process belongs to."
+    "Run `experiment` in the process group that this process belongs to. `ValueError` if it is of another size."
     check_remote(experiment)
     n, place, device = experiment.num_clients, dist.get_rank() - 1, choose_device(device)
     fine = f"{n + 1} for a server and {n} clients"
