@@ -53,10 +53,10 @@ def matches(
     text = "\n".join(f"{name}={value}" for name, value in (short | flat(experiment)).items())
     return all(part in text for part in filters)
 
-
+# %% ../nbs/17b_runs_cli.ipynb #bd72a759
 def list_runs(
     store: Path,  # root of the store
-    filters: Sequence[str] = (),
+    filters: Sequence[str] = (),  # all of which must be met
 ) -> str:
     "A table of the runs that meet all filters, the oldest first, and how many folders cannot be used."
     runs = read_all(store)
@@ -82,9 +82,9 @@ def find_run(
         raise StoreError(found[0].problem)
     return found[0]
 
-
+# %% ../nbs/17b_runs_cli.ipynb #f31ea1cd
 def show_run(
-    run: Stored,
+    run: Stored,  # that can be used
     last: int = 5,  # rounds to show
 ) -> str:
     "Configuration, provenance and last rounds."
@@ -104,7 +104,7 @@ def show_run(
 def compare_runs(
     runs: Sequence[Stored],  # two or more
 ) -> str:
-    "A column a run: the fields of the configuration that differ, then accuracy, bytes and time."
+    "A column a run: the fields that differ, then accuracy, bytes and time. `ValueError` for a single run."
     require(len(runs) > 1, "runs", len(runs), "two or more")
     values = {run.folder.name: flat(run.history.experiment) for run in runs}
     fields = pd.DataFrame({name: {field: str(value) for field, value in of.items()} for name, of in values.items()})
@@ -126,7 +126,7 @@ def _is_held(lock: Path) -> bool:
 def prunable(
     store: Path,  # root of the store
 ) -> list[tuple[Path, str]]:  # path and why, in this order: what is left of killed processes comes last
-    "What can go."
+    "What can go: no run that can be read, nothing that a process is at work on."
     found = [
         (run.folder, run.problem.split(": delete")[0] if run.problem else "diverged")
         for run in read_all(store)
@@ -144,7 +144,7 @@ def prunable(
     locks = [path for path in sorted((store / "locks").glob("*.lock")) if path.stem not in held]
     return found + [(path, "lock that nobody holds") for path in locks]
 
-
+# %% ../nbs/17b_runs_cli.ipynb #1e0b89c0
 def prune(
     store: Path,  # root of the store
     yes: bool,  # delete; else only say what would be deleted
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 def answer(
     args: argparse.Namespace,  # as the parser gives them
 ) -> str:
-    "What the command prints."
+    "What the command prints. `StoreError` if the store cannot be used, `ValueError` for a wrong argument."
     store = RunStore(args.runs)
     if args.command == "list":
         return list_runs(store.root, args.filters)
