@@ -71,7 +71,7 @@ def _check_call(kind: str, part: Callable[..., Any], *arguments: str) -> None:
         name = getattr(part, "__name__", part)
         raise ValueError(f"@{kind}: {name} must take ({', '.join(arguments)}): {error}") from error
 
-
+# %% ../nbs/14_plugins.ipynb #475e63b4
 def _register(
     kind: str,  # dataset, model, auxiliary or algorithm
     name: str,
@@ -266,7 +266,7 @@ def _sources(point: EntryPoint) -> list[bytes]:
 def load_entry_point(
     point: EntryPoint,
 ) -> str:  # its tag, name@digest
-    "Import what the entry point names, unless that was done."
+    "Import what the entry point names, unless that was done. `PluginError` if it fails."
     tag, home = f"{point.name}@{_digest(_sources(point))}", f"entry point {point.name}"
     if tag not in FILES:
         try:
