@@ -65,14 +65,14 @@ def load_model(
     prefix = f"{client or 0}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
-
+# %% ../nbs/14c_models.ipynb #dcebb16a
 def export_model(
     store: str | Path,  # root of the store
     name: str,  # of a run
     path: str | Path,  # of the file to write, ending in .safetensors
     client: int | None = None,  # whose model, where each client has its own
 ) -> int:  # tensors written
-    "Write the global model of a run as one ordinary state dict that loads into the uncut network."
+    "Write the global model of a run as one state dict for the uncut network. `ValueError` as by `load_model`."
     require(Path(path).suffix == ".safetensors", "file", str(path), "a file whose name ends in .safetensors")
     tensors = load_model(store, name, client)
     with atomic_path(path) as whole:
@@ -108,7 +108,7 @@ def _load_half(half: nn.Module, path: Path, which: str) -> None:
     raise ValueError(f"{path} is not the {which} of this network: {', '.join(best[:5])} missing or of another shape "
                      f"({len(best)} of {len(wanted)} tensors)")  # fmt: skip
 
-
+# %% ../nbs/14c_models.ipynb #335e3ebe
 def load_halves(
     split: SplitModel,  # changed in place
     client: str | Path,  # file of the client's half
