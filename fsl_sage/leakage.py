@@ -25,7 +25,7 @@ def ssim(
     x: Tensor,  # (n, channel, height, width), from 0 to 1, at least 11 × 11
     y: Tensor,  # likewise
 ) -> Tensor:  # (n,), from -1 to 1
-    "Structural similarity of pictures, mean over windows and channels."
+    "Structural similarity, mean over windows and channels. `ValueError` for smaller pictures (Wang et al., 2004)."
     require(min(x.shape[2:]) >= 11, "x.shape", tuple(x.shape), "pictures of 11 × 11 pixels or more")
     line = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).to(x.dtype)[None, None]
@@ -49,7 +49,7 @@ def distance_correlation(
     x: Tensor,  # (n, …)
     y: Tensor,  # (n, …)
 ) -> float:  # 0 … 1
-    "Distance correlation of paired samples; 0 if one of them is constant."
+    "Distance correlation of paired samples; 0 if one of them is constant. `ValueError` if they are no pairs."
     require(len(x) == len(y) > 1, "y", len(y), f"as many samples as x ({len(x)}), 2 or more")
     a, b = _centred_distances(x), _centred_distances(y)
     scale = ((a * a).mean() * (b * b).mean()).sqrt()
@@ -61,7 +61,7 @@ def decoder(
     image_shape: Sequence[int],  # (channel, height, width), the height 2^k times the smashed data's
     width: int = 16,  # channels of the layers between
 ) -> nn.Sequential:  # smashed data to logits of pixels
-    "A small convolutional decoder."
+    "A small convolutional decoder. `ValueError` if the heights do not differ by a power of two."
     times = image_shape[1] / smashed_shape[1]
     require(math.log2(times).is_integer() and times >= 1, "image_shape", tuple(image_shape), "2^k times as high")
     layers = [nn.Conv2d(smashed_shape[0], width, 3, padding=1), nn.ReLU()]
@@ -69,11 +69,11 @@ def decoder(
         layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, image_shape[0], 3, padding=1))
 
-
+# %% ../nbs/14b_leakage.ipynb #3bd39141
 def train_decoder(
     smashed: Tensor,  # (n, channel, height, width)
     pixels: Tensor,  # (n, channel, height, width), from 0 to 1
-    epochs: int,  # passes
+    epochs: int,  # passes over the data
     seed: int = 0,  # of initialisation and order
     batch_size: int = 50,
     lr: float = 2e-3,  # of Adam
@@ -105,7 +105,12 @@ class Leakage:
 
 
 @torch.no_grad()
-def smashed_data(client: nn.Module, images: Images, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def smashed_data(
+    client: nn.Module,  # left in eval mode
+    images: Images,  # n of them, uint8
+    mean: Sequence[float],  # of each channel, pixels from 0 to 1
+    std: Sequence[float],  # likewise
+) -> Tensor:  # (n, channel, height, width) at the cut
     "Smashed data of `images`, in eval mode."
     return torch.cat([client.eval()(normalise(x, mean, std)) for x in images.x.split(500)])
 
@@ -120,7 +125,7 @@ def measure_leakage(
     epochs: int = 10,  # of the decoder
     image: int = 0,  # which test image to show
 ) -> Leakage:
-    "Train `experiment`, then decoders on a client's smashed data (SGLR, Sec. 4.3)."
+    "Train `experiment`, then decoders on a client's smashed data. `ValueError` for too many images (SGLR, Sec. 4.3)."
     device = choose_device(device)
     history, state = train_state(experiment, device, root, progress=False)
     dataset, _ = prepare(experiment.replace(**{"dataset.max_test": None}), device, root)
