@@ -2,19 +2,17 @@
 
 import json
 import math
-from collections import Counter
 
-import pandas as pd
 import pytest
 import torch
+from asking import Clients, assert_same, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fsl_sage.config import preset
-from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, answer, ask_clients, opened
-from fsl_sage.remote import MessageError, check, decode, encode
-from fsl_sage.training import client_data, prepare, train
+from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients, opened
+from fsl_sage.remote import MessageError, check, check_numbers, decode, encode
+from fsl_sage.training import train
 
 TENSORS = {"smashed.": torch.arange(6.0).view(2, 3), "labels.": torch.tensor([1, 2]), "scale.": torch.tensor(1.0)}
 MESSAGE = encode(TENSORS, {"round": 3})
@@ -24,6 +22,7 @@ def decoded_or_refused(data):
     try:
         tensors, plain = decode(data, limit=10_000)
         check(tensors, TENSORS)
+        check_numbers(tensors, classes=10)
     except MessageError:
         return None
     assert isinstance(plain, dict)
@@ -77,46 +76,21 @@ def test_what_is_no_message_is_refused_by_name():
         (encode(TENSORS | {"smashed.": torch.zeros(3, 2)}), "smashed"),
         (encode(TENSORS | {"labels.": torch.zeros(2)}), "labels"),
         (encode(TENSORS | {"scale.": torch.tensor(math.nan)}), "scale.*NaN"),
+        (encode(TENSORS | {"labels.": torch.tensor([1, -1])}), "labels.*from 0 to 9"),
     ):
         with pytest.raises(MessageError, match=why):
             check(decode(data, limit=50_000)[0], TENSORS)
+            check_numbers(decode(data)[0], classes=10)
 
 
-SMALL = {"num_clients": 2, "rounds": 3, "dataset.max_train": 60, "dataset.max_test": 20, "model.width": 8}
-SMALL |= {"model.client.batch_size": 16, "dataset.distribution": "noniid_dirichlet"}
-OWN = {"fsl_sage": {"algorithm.align_epochs": 2, "algorithm.align_interval": 2, "algorithm.server_update_interval": 2}}
 STEPS = {"name": "step", "step_size": 1, "gamma": 0.5}
-
-
-def small(algorithm, **changes):
-    return preset("smoke", algorithm, **SMALL | OWN.get(algorithm, {}) | changes)
-
-
-class Clients:
-    """Clients that are asked by function call; each question and each answer can be tampered with."""
-
-    def __init__(self, experiment, folder):
-        self.experiment, self.folder, self.asked = experiment, folder, Counter()
-        self.data = client_data(experiment, prepare(experiment, torch.device("cpu"))[0])
-
-    def answer(self, i, question):
-        return answer(self.experiment, i, self.data[i], self.folder, question)
-
-    def __call__(self, questions):
-        self.asked.update((question.round, i) for i, question in questions.items())
-        return {i: self.answer(i, question) for i, question in questions.items()}
-
-
-def assert_same(one, other):
-    for table in ("rounds", "alignments", "ledger"):
-        pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
 
 
 @pytest.mark.parametrize("algorithm", ONE_EXCHANGE)
 def test_clients_that_are_asked_end_with_the_history_of_the_simulation(algorithm, tmp_path):
     experiment = small(algorithm, **{"model.client.optimizer.scheduler": STEPS})
     clients = Clients(experiment, tmp_path)
-    assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, clients))
+    assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, clients, tmp_path / "server"))
     twice = {0, 2} if algorithm == "fsl_sage" else set()  # rounds with alignment
     assert clients.asked == {(rnd, i): 1 + (rnd in twice) for rnd in range(-1, 3) for i in range(2)}
 
@@ -129,7 +103,7 @@ def test_joint_alignment_asks_all_clients_together(tmp_path):
         together.append(sorted(questions))
         return clients(questions)
 
-    assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, exchange))
+    assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, exchange, tmp_path / "server"))
     assert together == [[0, 1]] * 6  # who are you; two, one, two
 
 
@@ -143,34 +117,13 @@ def test_a_question_can_be_asked_again(tmp_path):
             assert super().answer(i, question) == first
             return first
 
-    assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, Twice(experiment, tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [
-        (lambda tensors: {n: t * math.nan if t.is_floating_point() else t for n, t in tensors.items()}, "NaN"),
-        (lambda tensors: {n: t[:1] for n, t in tensors.items()}, "bytes"),
-        (lambda tensors: tensors | {"more.": torch.zeros(1000)}, "bytes"),
-    ],
-    ids=["NaN", "fewer samples", "too many bytes"],
-)
-def test_a_wrong_answer_is_refused_and_its_client_named(spoil, why, tmp_path):
-    class Wrong(Clients):
-        def answer(self, i, question):
-            ups = super().answer(i, question)
-            if i == 1 and question.round == 1:
-                ups[0] = encode(spoil(decode(ups[0])[0]))
-            return ups
-
-    experiment = small("cse_fsl")
-    with pytest.raises(MessageError, match=f"smashed, labels of client 1: .*{why}"):
-        ask_clients(experiment, Wrong(experiment, tmp_path))
+    history = ask_clients(experiment, Twice(experiment, tmp_path), tmp_path / "server")
+    assert_same(train(experiment, "cpu", progress=False), history)
 
 
 def test_who_is_here_for_another_experiment_is_sent_away(tmp_path):
     with pytest.raises(MessageError, match="client 0 is here for another experiment"):
-        ask_clients(small("fed_avg"), Clients(small("fed_avg", seed=1), tmp_path))
+        ask_clients(small("fed_avg"), Clients(small("fed_avg", seed=1), tmp_path), tmp_path / "server")
 
 
 @pytest.mark.parametrize("record", [None, 3, {}, {"ups": b"x"}, {"ups": [3]}])
@@ -181,12 +134,7 @@ def test_answers_without_messages_are_refused(record):
 
 def test_algorithms_that_exchange_at_every_step_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"algorithm.name='psl'"):
-        ask_clients(small("psl"), Clients(small("fed_avg"), tmp_path))
-
-
-def test_absent_clients_are_refused_where_clients_are_asked(tmp_path):
-    with pytest.raises(ValueError, match=r"participation=0.5"):
-        ask_clients(small("fed_avg", participation=0.5), Clients(small("fed_avg"), tmp_path))
+        ask_clients(small("psl"), Clients(small("fed_avg"), tmp_path), tmp_path / "server")
 
 
 def test_flower_apps_talk_in_one_process(tmp_path, monkeypatch):
@@ -213,9 +161,9 @@ def test_flower_apps_talk_in_one_process(tmp_path, monkeypatch):
                 context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
                 yield message_from_proto(message_to_proto(app(message, context)))
 
-    history = ask_clients(experiment, GridExchange(OneProcess(), 2, seconds=1))
+    history = ask_clients(experiment, GridExchange(OneProcess(), 2, seconds=1), tmp_path / "server")
     assert_same(train(experiment, "cpu", progress=False), history)
 
 
 def test_a_question_is_numbers_and_bytes_only():
-    assert {type(value) for value in vars(Question(1, 2, b"", [b"x"], [])).values()} == {int, bytes, list}
+    assert {type(value) for value in vars(Question(1, 0, 2, b"", [b"x"], [])).values()} == {int, bytes, list}

@@ -1,0 +1,400 @@
+"""Clients that fail, a server that is killed, a network that stalls: what is lost is a client's part in a round.
+
+The measure is the simulation in which the same clients are absent from the same rounds, in every bit."""
+
+import json
+import logging
+import math
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pandas as pd
+import pytest
+import torch
+from asking import Clients, assert_same, small
+from proxy import Proxy
+
+from fsl_sage import training
+from fsl_sage.clock import Attendance
+from fsl_sage.federation import asked_clients
+from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients
+from fsl_sage.remote import MessageError, decode, encode
+from fsl_sage.runs import RunStore
+from fsl_sage.training import train
+
+STEPS = {"name": "step", "step_size": 1, "gamma": 0.5}
+THREE = {"num_clients": 3, "rounds": 4, "dataset.max_train": 90, "model.client.optimizer.scheduler": STEPS}
+
+
+def simulated(experiment, absent):
+    """The history of a simulation; `absent`: round → clients that are not there."""
+
+    def pattern(experiment, samples, costs):
+        for rnd in range(experiment.rounds):
+            yield Attendance(rnd, [i for i in asked_clients(experiment, rnd) if i not in absent.get(rnd, ())], [])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "attendances", pattern)
+        return train(experiment, "cpu", progress=False)
+
+
+def assert_simulated(history, absent):
+    """The history is that of the simulation, and says how many took part."""
+    n, rounds = history.experiment.num_clients, history.rounds
+    if absent and history.experiment.participation == 1:
+        assert rounds.participants.tolist() == [n - len(absent.get(rnd, ())) for rnd in rounds["round"]]
+        rounds = rounds.drop(columns="participants")
+    one = simulated(history.experiment, absent)
+    pd.testing.assert_frame_equal(one.rounds, rounds, check_exact=True)
+    for table in ("alignments", "ledger"):
+        pd.testing.assert_frame_equal(getattr(one, table), getattr(history, table), check_exact=True)
+
+
+class Failing(Clients):
+    """Clients of which some fail: (round, client) → what becomes of its answers in that round; None: nothing comes."""
+
+    def __init__(self, experiment, folder, failures):
+        super().__init__(experiment, folder)
+        self.failures = failures
+
+    def __call__(self, questions):
+        answers = super().__call__(questions)
+        for i, question in questions.items():
+            spoil = self.failures.get((question.round, i), lambda ups: ups)
+            answers[i] = spoil(answers[i])
+        return {i: answer for i, answer in answers.items() if answer is not None}
+
+
+def lost(ups):
+    return None
+
+
+# ------------------------------------------------------------------------------------------ what can become of answers
+
+
+def changed(position, change):
+    """Spoil one message of an answer: `change` makes new tensors of its tensors."""
+
+    def spoil(ups):
+        return [encode(change(decode(up)[0])) if up is ups[position] else up for up in ups]
+
+    return spoil
+
+
+def not_finite(tensors):
+    return {name: t * math.nan if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+SPOILED = {
+    "no answer": (lost, "client 1: no answer"),
+    "an error": (lambda ups: MessageError("has failed: out of memory"), "client 1: has failed: out of memory"),
+    "nothing": (lambda ups: [], "client 1: not in its answer"),
+    "not all": (lambda ups: ups[:-1], "losses of client 1: not in its answer"),
+    "noise": (lambda ups: [b"\0" * len(ups[0]), *ups[1:]], "smashed, labels of client 1: no message of ours"),
+    "half a message": (lambda ups: [ups[0][: len(ups[0]) // 2]], "smashed, labels of client 1: .* bytes, where"),
+    "too many bytes": (changed(0, lambda t: t | {"more.": torch.zeros(9)}), "smashed, labels of client 1: .* bytes"),
+    "wrong shape": (changed(0, lambda t: {n: v[None] for n, v in t.items()}), "smashed, labels of client 1"),
+    "wrong type": (
+        changed(-2, lambda t: {n: v.view(torch.int32) if v.is_floating_point() else v for n, v in t.items()}),
+        "client_model of client 1: .* is torch.int32",
+    ),
+    "NaN in smashed data": (changed(0, not_finite), "smashed, labels of client 1: smashed. has numbers that are NaN"),
+    "NaN in the model": (changed(-2, not_finite), "client_model of client 1: .* NaN"),
+    "NaN in a loss": (changed(-1, not_finite), "losses of client 1: .* NaN"),
+    "labels of no class": (changed(0, lambda t: t | {"labels.": t["labels."] + 10}), "labels. are not all from 0 to 9"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_round_is_completed_without_a_client_that_fails(name, tmp_path, caplog):
+    spoil, says = SPOILED[name]
+    experiment = small("fsl_sage", **THREE)
+    clients = Failing(experiment, tmp_path, {(1, 1): spoil})
+    history = ask_clients(experiment, clients, tmp_path / "server")
+    assert_simulated(history, {1: [1]})
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.message.startswith("round 1 without client 1: ")
+    assert re.search(says, record.message), record.message
+    if name != "not all":  # asked for the rest of an answer together with the others, who have been told more by then
+        assert clients.asked[1, 0] == clients.asked[1, 2] == 1  # the others' answers are not asked for again
+
+
+@pytest.mark.parametrize("jointly", [False, True])
+def test_what_rests_on_a_lost_answer_is_asked_for_again(jointly, tmp_path):
+    """In a round with alignment the server's step on client 1's data is in client 2's auxiliary model, and only there.
+
+    Jointly aligned, it is in everybody's."""
+    experiment = small("fsl_sage", **THREE, **{"algorithm.align_jointly": jointly})
+    clients = Failing(experiment, tmp_path, {(2, 1): changed(-1, not_finite)})
+    assert_simulated(ask_clients(experiment, clients, tmp_path / "server"), {2: [1]})
+    assert {i: clients.asked[2, i] for i in range(3)} == ({0: 3, 1: 2, 2: 3} if jointly else {0: 2, 1: 2, 2: 3})
+
+
+PATTERNS = {
+    "from the first round": {0: [2], 1: [0, 2], 2: [2]},
+    "in turn": {0: [0], 1: [1], 2: [2], 3: [0]},
+    "for good": {1: [1], 2: [1], 3: [1]},
+    "but one": {0: [0, 1], 2: [1, 2]},
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("algorithm", ONE_EXCHANGE)
+def test_who_comes_back_goes_on_from_where_it_was(algorithm, pattern, tmp_path):
+    """Client 1 has trained when its answer is lost: the round has not been, for it. Others have not even been there."""
+    experiment, absent = small(algorithm, **THREE), PATTERNS[pattern]
+
+    class Away(Clients):
+        def __call__(self, questions):
+            out = absent.get(max(question.round for question in questions.values()), [])
+            answers = super().__call__({i: q for i, q in questions.items() if i not in out or i == 1})
+            return {i: answer for i, answer in answers.items() if i not in out}
+
+    assert_simulated(ask_clients(experiment, Away(experiment, tmp_path), tmp_path / "server"), absent)
+
+
+@pytest.mark.parametrize("algorithm", ONE_EXCHANGE)
+def test_only_a_part_of_the_clients_is_asked_and_of_them_one_fails(algorithm, tmp_path):
+    experiment = small(algorithm, **THREE | {"num_clients": 4, "participation": 0.5, "rounds": 5})
+    (rnd, first), absent = (1, asked_clients(experiment, 1)[0]), {1: asked_clients(experiment, 1)[:1]}
+    clients = Failing(experiment, tmp_path, {(rnd, first): lost})
+    history = ask_clients(experiment, clients, tmp_path / "server")
+    assert history.rounds.participants.tolist() == [2, 1, 2, 2, 2]
+    one = simulated(experiment, absent)
+    pd.testing.assert_frame_equal(one.ledger, history.ledger, check_exact=True)
+    drop = {"columns": "participants"}  # the simulation of a pattern does not know who was to come
+    pd.testing.assert_frame_equal(one.rounds.drop(**drop), history.rounds.drop(**drop), check_exact=True)
+    assert {i for asked, i in clients.asked if asked == 1} == set(asked_clients(experiment, 1))
+
+
+def test_where_nobody_is_left_the_run_stops_and_can_go_on(tmp_path):
+    experiment = small("fsl_sage", **THREE)
+    clients = Failing(experiment, tmp_path, {(1, i): lost for i in range(3)})
+    with pytest.raises(MessageError, match=r"no client is left in round 1 \(.*client 0: no answer.*goes on"):
+        ask_clients(experiment, clients, tmp_path / "server")
+    assert_same(simulated(experiment, {}), ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server"))
+
+
+def test_a_client_that_is_missing_at_the_start_is_named(tmp_path):
+    experiment = small("fed_avg", **THREE)
+    with pytest.raises(MessageError, match="client 1: no answer"):
+        ask_clients(experiment, Failing(experiment, tmp_path, {(-1, 1): lost}), tmp_path / "server")
+
+
+def test_a_client_that_has_lost_its_file_is_left_out(tmp_path):
+    experiment = small("cse_fsl", **THREE)
+
+    class Forgetful(Clients):
+        def answer(self, i, question):
+            try:
+                return super().answer(i, question)
+            except ValueError as error:
+                return MessageError(str(error))
+
+        def __call__(self, questions):
+            if questions[0].round == 2:
+                (tmp_path / "client-1-after-1.safetensors").unlink(missing_ok=True)
+            return super().__call__(questions)
+
+    assert_simulated(ask_clients(experiment, Forgetful(experiment, tmp_path), tmp_path / "server"), {2: [1], 3: [1]})
+
+
+# --------------------------------------------------------------------------------------------- a server that is killed
+
+
+class PowerCut(BaseException):
+    """Nothing that the program could do something about."""
+
+
+def test_a_server_that_is_stopped_anywhere_goes_on(tmp_path):
+    """Before and after every exchange, and after every checkpoint, with a client that fails in round 1."""
+    experiment, seen = small("fsl_sage", **THREE), set()
+    clients = Failing(experiment, tmp_path, {(1, 2): lost})
+
+    def step(*where):
+        if where not in seen:  # each step is the last one, the first time that it is reached
+            seen.add(where)
+            raise PowerCut
+
+    def exchange(questions):
+        what = [(i, question.round, question.have) for i, question in questions.items()]
+        step("before", *what)
+        answers = clients(questions)
+        step("after", *what)
+        return answers
+
+    history = None
+    while history is None:
+        try:
+            done = lambda done: step("stored", done.next_round)  # noqa: E731
+            history = ask_clients(experiment, exchange, tmp_path / "server", each_round=done)
+        except PowerCut:
+            pass
+    assert_simulated(history, {1: [2]})
+    assert len(seen) == 4 + 2 * (1 + (1 + 3) + 1 + (1 + 3) + 1)  # rounds; who are you, and alignment client by client
+
+
+def test_a_server_process_that_is_killed_goes_on(tmp_path):
+    """SIGKILL in the middle of rounds 1 and 3, when some clients have answered."""
+    experiment, program = small("fsl_sage", **THREE), Path(__file__).parent / "faults_program.py"
+    (tmp_path / "experiment.json").write_text(json.dumps(experiment.to_dict()))
+    command = [sys.executable, program, tmp_path, tmp_path / "experiment.json"]
+    for rnd in (1, 3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            until = time.monotonic() + 300
+            while not (tmp_path / f"client-0-after-{rnd}.safetensors").exists() and time.monotonic() < until:
+                time.sleep(0.001)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert len(done.stdout.splitlines()) < 4, "it has begun anew"
+    assert_same(simulated(experiment, {}), RunStore(tmp_path / "store").find(experiment))
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    experiment = small("fed_avg", comm_threshold_mb=0.2)
+    first = ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server")
+    assert first.stopped == "budget" and len(first.rounds) < experiment.rounds
+    assert_same(first, ask_clients(experiment, lambda questions: {}, tmp_path / "server"))
+
+
+# -------------------------------------------------------------------------------------------------- nodes and networks
+
+
+class Nodes(GridExchange):
+    """Flower's nodes, by function call; `there`: node → client; `away`: round → what has become of `there`."""
+
+    def __init__(self, clients, there, changes):
+        super().__init__(self, clients.experiment.num_clients, seconds=0.1)
+        self.clients, self.there, self.changes, self.hangs = clients, there, changes, set()
+
+    def get_node_ids(self):
+        return list(self.there)
+
+    def __call__(self, questions):
+        rnd = max(question.round for question in questions.values())
+        self.there = self.changes.get(rnd, self.there)
+        return super().__call__(questions)
+
+    def _send(self, questions):
+        asked = {node: self.there[node] for node in questions if isinstance(self.there[node], int)}
+        return {n: {"client": i, "ups": self.clients.answer(i, questions[n])} for n, i in asked.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent"),
+    [
+        ({1: {10: 0, 77: 1}}, {}),  # started again between two rounds
+        ({1: {10: 0}, 2: {10: 0, 77: 1}}, {1: [1]}),  # gone for a round
+        ({1: {10: 0, 11: "silent", 77: 1}}, {}),  # the old one is still in the list
+        ({1: {10: 0, 11: "silent"}, 2: {10: 0, 11: 1}}, {1: [1]}),  # it hangs, then goes on
+        ({1: {10: 0, 11: 1, 12: "silent"}}, {}),  # a stranger
+    ],
+    ids=["started again", "gone", "old and new", "hangs", "stranger"],
+)
+def test_nodes_come_and_go(changes, absent, tmp_path):
+    experiment = small("fsl_sage")
+    nodes = Nodes(Clients(experiment, tmp_path), {10: 0, 11: 1}, changes)
+    assert_simulated(ask_clients(experiment, nodes, tmp_path / "server"), absent)
+
+
+@pytest.mark.parametrize("record", [None, 3, {}, {"client": 7, "ups": []}, {"client": "1"}, {"client": 0.0}])
+def test_who_does_not_say_which_client_it_is_is_nobody(record):
+    class Odd(Nodes):
+        def _send(self, questions):
+            return dict.fromkeys(questions, record)
+
+    class Two:
+        experiment = small("fed_avg")
+
+    odd = Odd(Two, {10: 0, 11: 1}, {})
+    assert odd(dict.fromkeys(range(2), Question(-1))) == {} and odd.nodes == {}
+
+
+class OverHttp(Clients):
+    """Each client is a web server behind a proxy; who does not answer within `seconds` has not answered."""
+
+    def __init__(self, experiment, folder, seconds, modes):
+        super().__init__(experiment, folder)
+        self.seconds, self.modes, self.lock = seconds, modes, threading.Lock()
+
+    def __enter__(self):
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(i)) for i in range(len(self.data))]
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.proxies = [Proxy(server.server_port).__enter__() for server in self.servers]
+        return self
+
+    def __exit__(self, *_):
+        for proxy, server in zip(self.proxies, self.servers, strict=True):
+            proxy.mode = "pass"
+            proxy.__exit__()
+            server.shutdown()
+            server.server_close()
+
+    def _handler(self, i):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler):
+                told = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                question = Question(**{name: opened(value) for name, value in told.items()})
+                with self.lock:  # initial models are drawn from a stream that threads share
+                    text = json.dumps([up.hex() for up in self.answer(i, question)]).encode()
+                handler.send_response(200)
+                handler.send_header("Content-Length", str(len(text)))
+                handler.end_headers()
+                handler.wfile.write(text)
+
+            def log_message(handler, *_):
+                pass
+
+        def opened(value):
+            if isinstance(value, list):
+                return [bytes.fromhex(text) for text in value]
+            return bytes.fromhex(value) if isinstance(value, str) else value
+
+        return Handler
+
+    def _ask(self, i, question):
+        words = {name: value.hex() if isinstance(value, bytes) else value for name, value in vars(question).items()}
+        words |= {name: [data.hex() for data in words[name]] for name in ("late", "downs")}
+        self.proxies[i].mode = self.modes.get((question.round, i), "pass")
+        request = Request(f"http://127.0.0.1:{self.proxies[i].port}", json.dumps(words).encode())
+        try:
+            with urlopen(request, timeout=self.seconds) as reply:
+                return [bytes.fromhex(text) for text in json.loads(reply.read())]
+        except OSError as error:
+            return MessageError(f"no answer ({type(error).__name__})")
+
+    def __call__(self, questions):
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(questions, pool.map(self._ask, questions, questions.values()), strict=True))
+
+
+def test_a_network_that_delays_stalls_and_resets(tmp_path):
+    experiment = small("fsl_sage", **THREE | {"rounds": 6})
+    modes = {(0, 1): "delay", (1, 1): "stall", (2, 0): "reset", (3, 1): "reset", (3, 2): "stall", (4, 0): "delay"}
+    with OverHttp(experiment, tmp_path, 10, modes) as clients:
+        history = ask_clients(experiment, clients, tmp_path / "server")
+    assert_simulated(history, {1: [1], 2: [0], 3: [1, 2]})
+    assert all(proxy.bytes > 100_000 for proxy in clients.proxies)
+
+
+# ---------------------------------------------------------------------------------------------------- double precision
+
+
+def test_in_double_precision_too(tmp_path):
+    experiment = small("fsl_sage", **THREE)
+    torch.set_default_dtype(torch.float64)
+    try:
+        clients = Failing(experiment, tmp_path, {(1, 1): lost})
+        assert_simulated(ask_clients(experiment, clients, tmp_path / "server"), {1: [1]})
+    finally:
+        torch.set_default_dtype(torch.float32)

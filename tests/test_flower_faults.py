@@ -1,0 +1,127 @@
+"""The faults of test_faults.py where they happen: between Flower's processes, on this machine's loopback interface."""
+
+import re
+import threading
+import time
+
+import pytest
+from asking import small
+from proxy import Proxy
+from test_faults import assert_simulated
+
+from fsl_sage.runs import RunStore
+
+pytest.importorskip("flwr", reason="no flwr (the extra `distributed`): faults are tested without its processes")
+federate = pytest.importorskip("fsl_sage.federate", reason="no fsl_sage.federate, which starts Flower's processes")
+
+SECONDS = 60  # that the server waits for an answer
+NODE = {"device": "cpu"}
+
+
+class Run:
+    """A run of a federation: its lines as they come, with the time."""
+
+    def __init__(self, here, experiment):
+        self.lines, self.experiment = [], experiment
+        self.process = here.submit(federate.run_config(experiment, "cpu", SECONDS))
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for text in self.process.stdout:
+            self.lines.append((time.monotonic(), text.decode("utf-8", "replace").rstrip()))
+
+    def wait_for(self, pattern, seconds=400):
+        """When a line matched."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for when, text in list(self.lines):
+                if re.search(pattern, text):
+                    return when
+            assert self.process.poll() is None or self.lines, "ended without a word"
+            time.sleep(0.1)
+        raise AssertionError(f"no {pattern!r} in:\n" + "\n".join(text for _, text in self.lines[-40:]))
+
+    def absent(self):
+        """Round → clients that were left out, as the log says."""
+        found = {}
+        for _, text in self.lines:
+            if match := re.search(r"round (\d+) without (client [\d, client]+):", text):
+                found.setdefault(int(match[1]), []).extend(int(n) for n in re.findall(r"\d+", match[2]))
+        return {rnd: sorted(clients) for rnd, clients in found.items()}
+
+
+def when_at_work(here, place, seconds=200):
+    """A client app is running for `place`: its processes."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        alive = here.processes.alive(place)
+        if any("clientapp" in " ".join(process.cmdline()) for process in alive):
+            return alive
+        time.sleep(0.2)
+    raise AssertionError(f"{place} is not at work")
+
+
+def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
+    """SIGKILL in round 1, SIGSTOP past the deadline in round 3, delays always, stalls in round 5, resets in round 6."""
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
+    experiment = small("fsl_sage", num_clients=3, rounds=8, **{"dataset.max_train": 90, "algorithm.align_interval": 4})
+    with federate.federation(tmp_path, 0) as here:
+        here.ports.extend(federate.free_ports(3))
+        with Proxy(here.port) as proxy:
+            proxy.mode = "delay"
+            for i in range(3):
+                here.node(i, NODE, f"127.0.0.1:{proxy.port}" if i == 0 else None)
+            run = Run(here, experiment)
+            run.wait_for("round 0:")
+            for process in when_at_work(here, "client-1"):
+                process.kill()
+            killed = time.monotonic()
+            here.node(1, NODE)
+            print(f"round 1 ended {run.wait_for('round 1:') - killed:.0f} s after client 1 was killed")
+            run.wait_for("round 2:")
+            stopped = here.processes.alive("client-2")
+            for process in stopped:
+                process.suspend()
+            halted = time.monotonic()
+            print(f"round 3 ended {run.wait_for('round 3:') - halted:.0f} s after client 2 was stopped")
+            for process in stopped:
+                process.resume()
+            run.wait_for("round 4:")
+            proxy.mode = "stall"
+            time.sleep(10)
+            proxy.mode = "delay"
+            run.wait_for("round 5:")
+            proxy.mode = "reset"
+            time.sleep(10)
+            proxy.mode = "delay"
+            run.wait_for("stored in ")
+    history = RunStore(tmp_path / "store").find(experiment)
+    assert len(history.rounds) == 8
+    absent = run.absent()
+    print(f"left out: {absent}; participants: {history.rounds.get('participants')}")
+    assert 1 in absent[1] and 2 in absent[3] and 1 not in absent.get(3, [])
+    assert_simulated(history, absent)
+
+
+def test_a_server_that_is_killed_goes_on(tmp_path, monkeypatch):
+    """First the server app, then all of the server's processes; the clients stay."""
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
+    experiment = small("fsl_sage", rounds=5, **{"algorithm.align_interval": 4})
+    with federate.federation(tmp_path, 2, NODE) as here:
+        run = Run(here, experiment)
+        run.wait_for("round 1:")
+        for process in here.processes.alive("server"):
+            if "serverapp" in " ".join(process.cmdline()):
+                process.kill()
+        killed, run = time.monotonic(), Run(here, experiment)
+        print(f"round 2 ended {run.wait_for('round 2:') - killed:.0f} s after the server app was killed")
+        for process in here.processes.alive("server"):
+            process.kill()
+        killed = time.monotonic()
+        here.link()
+        run = Run(here, experiment)
+        print(f"round 3 ended {run.wait_for('round 3:') - killed:.0f} s after the server was killed")
+        run.wait_for("stored in ")
+    history = RunStore(tmp_path / "store").find(experiment)
+    assert len(history.rounds) == 5
+    assert_simulated(history, run.absent())
