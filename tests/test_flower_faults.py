@@ -14,7 +14,7 @@ from fsl_sage.runs import RunStore
 pytest.importorskip("flwr", reason="no flwr (the extra `distributed`): faults are tested without its processes")
 federate = pytest.importorskip("fsl_sage.federate", reason="no fsl_sage.federate, which starts Flower's processes")
 
-SECONDS = 60  # that the server waits for an answer
+SECONDS = 150  # that the server waits for an answer: each one starts a process, which takes a busy machine long
 NODE = {"device": "cpu"}
 
 
@@ -30,15 +30,15 @@ class Run:
         for text in self.process.stdout:
             self.lines.append((time.monotonic(), text.decode("utf-8", "replace").rstrip()))
 
-    def wait_for(self, pattern, seconds=400):
+    def wait_for(self, pattern, seconds=3 * SECONDS):
         """When a line matched."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        until, running = time.monotonic() + seconds, True
+        while running and time.monotonic() < until:
+            running = self.process.poll() is None
             for when, text in list(self.lines):
                 if re.search(pattern, text):
                     return when
-            assert self.process.poll() is None or self.lines, "ended without a word"
-            time.sleep(0.1)
+            time.sleep(0.2)
         raise AssertionError(f"no {pattern!r} in:\n" + "\n".join(text for _, text in self.lines[-40:]))
 
     def absent(self):
@@ -62,52 +62,42 @@ def when_at_work(here, place, seconds=200):
 
 
 def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
-    """SIGKILL in round 1, SIGSTOP past the deadline in round 3, delays always, stalls in round 5, resets in round 6."""
+    """SIGKILL in round 1, SIGSTOP past the deadline in round 2, stalls and resets in round 3, delays all the time."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
-    experiment = small("fsl_sage", num_clients=3, rounds=8, **{"dataset.max_train": 90, "algorithm.align_interval": 4})
-    with federate.federation(tmp_path, 0) as here:
-        here.ports.extend(federate.free_ports(3))
-        with Proxy(here.port) as proxy:
-            proxy.mode = "delay"
-            for i in range(3):
-                here.node(i, NODE, f"127.0.0.1:{proxy.port}" if i == 0 else None)
-            run = Run(here, experiment)
-            run.wait_for("round 0:")
-            for process in when_at_work(here, "client-1"):
-                process.kill()
-            killed = time.monotonic()
-            here.node(1, NODE)
-            print(f"round 1 ended {run.wait_for('round 1:') - killed:.0f} s after client 1 was killed")
-            run.wait_for("round 2:")
-            stopped = here.processes.alive("client-2")
-            for process in stopped:
-                process.suspend()
-            halted = time.monotonic()
-            print(f"round 3 ended {run.wait_for('round 3:') - halted:.0f} s after client 2 was stopped")
-            for process in stopped:
-                process.resume()
-            run.wait_for("round 4:")
-            proxy.mode = "stall"
-            time.sleep(10)
-            proxy.mode = "delay"
-            run.wait_for("round 5:")
-            proxy.mode = "reset"
-            time.sleep(10)
-            proxy.mode = "delay"
-            run.wait_for("stored in ")
-    history = RunStore(tmp_path / "store").find(experiment)
-    assert len(history.rounds) == 8
-    absent = run.absent()
-    print(f"left out: {absent}; participants: {history.rounds.get('participants')}")
-    assert 1 in absent[1] and 2 in absent[3] and 1 not in absent.get(3, [])
+    experiment = small("cse_fsl", num_clients=3, rounds=5, **{"dataset.max_train": 90})
+    with federate.federation(tmp_path, []) as here, Proxy(here.port) as proxy:
+        proxy.mode = "delay"
+        for i in range(3):
+            here.node(i, NODE, f"127.0.0.1:{proxy.port}" if i == 0 else None)
+        run = Run(here, experiment)
+        run.wait_for("round 0:")
+        for process in when_at_work(here, "client-1"):
+            process.kill()
+        killed = time.monotonic()
+        here.node(1, NODE)
+        print(f"round 1 ended {run.wait_for('round 1:') - killed:.0f} s after client 1 was killed")
+        stopped = when_at_work(here, "client-2")
+        for process in stopped:
+            process.suspend()
+        halted = time.monotonic()
+        print(f"round 2 ended {run.wait_for('round 2:') - halted:.0f} s after client 2 was stopped")
+        for process in stopped:
+            process.resume()
+        for mode in ("stall", "reset", "delay"):
+            proxy.mode = mode
+            time.sleep(5)
+        run.wait_for("stored in ")
+    history, absent = RunStore(tmp_path / "store").find(experiment), run.absent()
+    print(f"{len(history.rounds)} rounds, left out: {absent}")
+    assert 1 in absent[1] and 2 in absent[2] and 0 not in absent.get(4, [])
     assert_simulated(history, absent)
 
 
 def test_a_server_that_is_killed_goes_on(tmp_path, monkeypatch):
     """First the server app, then all of the server's processes; the clients stay."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
-    experiment = small("fsl_sage", rounds=5, **{"algorithm.align_interval": 4})
-    with federate.federation(tmp_path, 2, NODE) as here:
+    experiment = small("fed_avg", rounds=4)
+    with federate.federation(tmp_path, [NODE] * 2) as here:
         run = Run(here, experiment)
         run.wait_for("round 1:")
         for process in here.processes.alive("server"):
@@ -123,5 +113,5 @@ def test_a_server_that_is_killed_goes_on(tmp_path, monkeypatch):
         print(f"round 3 ended {run.wait_for('round 3:') - killed:.0f} s after the server was killed")
         run.wait_for("stored in ")
     history = RunStore(tmp_path / "store").find(experiment)
-    assert len(history.rounds) == 5
+    assert len(history.rounds) == 4
     assert_simulated(history, run.absent())
