@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'Placed', 'placed', 'elsewhere', 'Outline', 'MessageError', 'encode', 'decode', 'check', 'check_numbers',
-           'place_name', 'Mail', 'kinds_of', 'WireLedger', 'WireLink', 'taken', 'outline_of', 'take_places',
-           'introduce', 'outlines', 'check_remote', 'join', 'share_losses', 'play', 'is_spent', 'is_due',
+           'place_name', 'Mail', 'kinds_of', 'WireLedger', 'to_several', 'WireLink', 'taken', 'outline_of',
+           'take_places', 'outlines', 'introduce', 'check_remote', 'join', 'share_losses', 'play', 'is_spent', 'is_due',
            'fetch_models', 'step_schedules', 'history_of', 'serve_round', 'serve', 'line', 'attend']
 
 # %% ../nbs/19_remote.ipynb #d27da13c
@@ -251,16 +251,25 @@ class WireLedger(Ledger):
 
     def multicast(self, rnd: int, clients: Iterable[int], **message: Tensor) -> dict[int, Tensor]:
         "Server → several clients: one tensor, in one message to all."
-        clients, ((kind, value),) = list(clients), message.items()
-        for i, client in enumerate(clients):
-            Link(self, rnd, client).down(**{"copy" if i else kind: value})  # the records
-        named = {f"{kind}.": value}
-        own = encode(named) if self.place == SERVER else None
-        data = self.mail.multicast(clients, own, tensor_bytes(named) + framing_bytes(named))
-        arrived = _gone(value)
-        if self.place in clients:
-            arrived = decode(data)[0][f"{kind}."].to(self.device)
-        return {client: arrived if client == self.place else _gone(value) for client in clients}
+        ((kind, value),) = message.items()
+        return to_several(self, rnd, list(clients), kind, value)
+
+# %% ../nbs/19_remote.ipynb #089ced16
+def to_several(
+    ledger: WireLedger,
+    rnd: int,  # round
+    clients: list[int],
+    kind: str,  # of the value
+    value: Tensor,
+) -> dict[int, Tensor]:  # by client; here is only what has come to this place
+    "Send or receive a multicast."
+    for i, client in enumerate(clients):
+        Link(ledger, rnd, client).down(**{"copy" if i else kind: value})  # the records
+    named, here = {f"{kind}.": value}, ledger.place
+    own = encode(named) if here == SERVER else None
+    data = ledger.mail.multicast(clients, own, tensor_bytes(named) + framing_bytes(named))
+    arrived = decode(data)[0][f"{kind}."].to(ledger.device) if here in clients else None
+    return {client: arrived if client == here else _gone(value) for client in clients}
 
 # %% ../nbs/19_remote.ipynb #484c0690
 @dataclass(frozen=True)
@@ -324,6 +333,15 @@ def take_places(
         setattr(state, name, parts)
 
 # %% ../nbs/19_remote.ipynb #ee917a4c
+def outlines(
+    rows: Tensor,  # (clients, 6), as clients have said
+    batch_size: int,
+    device: str | torch.device,
+) -> list[Outline]:  # one a client
+    "What is known of everybody's data."
+    return [Outline(row[0], tuple(row[1:4]), row[4], batch_size, device) for row in rows.tolist()]
+
+# %% ../nbs/19_remote.ipynb #95393de4
 def introduce(
     experiment: Experiment,
     ledger: WireLedger,
@@ -345,15 +363,6 @@ def introduce(
         ledger.send(SERVER, {"hello.": torch.tensor(row)})
         rows = ledger.receive(SERVER, {"all.": torch.zeros(n, 6, dtype=torch.long)})["all."]
     return outlines(rows, batch_size, ledger.device)
-
-
-def outlines(
-    rows: Tensor,  # (clients, 6), as clients have said
-    batch_size: int,
-    device: str | torch.device,
-) -> list[Outline]:  # one a client
-    "What is known of everybody's data."
-    return [Outline(row[0], tuple(row[1:4]), row[4], batch_size, device) for row in rows.tolist()]
 
 # %% ../nbs/19_remote.ipynb #2956e67a
 def check_remote(experiment: Experiment) -> None:
