@@ -4,6 +4,7 @@ import asyncio
 import socket
 import struct
 import threading
+from contextlib import suppress
 
 
 class Proxy:
@@ -50,7 +51,8 @@ class Proxy:
             return
         ends = writer, far_writer
         both = self._pump(reader, far_writer, ends), self._pump(far_reader, writer, ends)
-        await asyncio.gather(*both, return_exceptions=True)
+        with suppress(asyncio.CancelledError):  # the proxy ends, and all of its connections
+            await asyncio.gather(*both, return_exceptions=True)
         for end in ends:
             end.close()
 

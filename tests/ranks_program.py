@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from double import double_precision
 
 from fsl_sage.config import from_dict
 from fsl_sage.ledger import KINDS
@@ -39,7 +40,13 @@ def idle_rate():
 def main(store, plan):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for tree in json.loads(Path(plan).read_text()):
+    single, double = json.loads(Path(plan).read_text())
+    with double_precision():
+        for tree in double:
+            history = train_on_ranks(from_dict(tree), "cpu", progress=False)
+            if history is not None:
+                RunStore(Path(store) / "double").save(history)
+    for tree in single:
         counted.clear()
         experiment = from_dict(tree)
         dist.barrier()

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import torch
 from asking import Clients, assert_same, small
+from double import double_precision
 from proxy import Proxy
 
 from fsl_sage import flower, training
@@ -419,9 +420,10 @@ def test_a_network_that_delays_stalls_and_resets(tmp_path):
 
 def test_in_double_precision_too(tmp_path):
     experiment = small("fsl_sage", **THREE)
-    torch.set_default_dtype(torch.float64)
-    try:
+    with double_precision():
         clients = Failing(experiment, tmp_path, {(1, 1): lost})
-        assert_simulated(ask_clients(experiment, clients, tmp_path / "server"), {1: [1]})
-    finally:
-        torch.set_default_dtype(torch.float32)
+        history = ask_clients(experiment, clients, tmp_path / "server")
+        assert_simulated(history, {1: [1]})
+    single = ask_clients(experiment, Failing(experiment, tmp_path, {(1, 1): lost}), tmp_path / "single")
+    twice = history.ledger["bytes"].sum() / single.ledger["bytes"].sum()
+    assert 1.9 < twice < 2  # labels and headers are as they were

@@ -64,10 +64,10 @@ def when_at_work(here, place, seconds=200):
 def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
     """SIGKILL in round 1, SIGSTOP past the deadline in round 2, stalls and resets in round 3, delays all the time."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
-    experiment = small("cse_fsl", num_clients=3, rounds=5, **{"dataset.max_train": 90})
+    experiment = small("cse_fsl", rounds=5)
     with federate.federation(tmp_path, []) as here, Proxy(here.port) as proxy:
         proxy.mode = "delay"
-        for i in range(3):
+        for i in range(2):
             here.node(i, NODE, f"127.0.0.1:{proxy.port}" if i == 0 else None)
         run = Run(here, experiment)
         run.wait_for("round 0:")
@@ -76,11 +76,11 @@ def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
         killed = time.monotonic()
         here.node(1, NODE)
         print(f"round 1 ended {run.wait_for('round 1:') - killed:.0f} s after client 1 was killed")
-        stopped = when_at_work(here, "client-2")
+        stopped = when_at_work(here, "client-1")
         for process in stopped:
             process.suspend()
         halted = time.monotonic()
-        print(f"round 2 ended {run.wait_for('round 2:') - halted:.0f} s after client 2 was stopped")
+        print(f"round 2 ended {run.wait_for('round 2:') - halted:.0f} s after client 1 was stopped")
         for process in stopped:
             process.resume()
         for mode in ("stall", "reset", "delay"):
@@ -89,7 +89,7 @@ def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
         run.wait_for("stored in ")
     history, absent = RunStore(tmp_path / "store").find(experiment), run.absent()
     print(f"{len(history.rounds)} rounds, left out: {absent}")
-    assert 1 in absent[1] and 2 in absent[2] and 0 not in absent.get(4, [])
+    assert len(history.rounds) == 5 and 1 in absent[1] and 1 in absent[2]
     assert_simulated(history, absent)
 
 

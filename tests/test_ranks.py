@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from double import double_precision
 
 from fsl_sage.config import preset
 from fsl_sage.remote import check_remote
@@ -29,6 +30,7 @@ BUDGET = {"rounds": 5, "comm_threshold_mb": 1.0, "eval_every": 3}
 EXPERIMENTS["psl, within a budget"] = EXPERIMENTS["psl"].replace(**BUDGET)
 for name in ("fsl_sage", "psl", "ssl", "fed_avg"):
     EXPERIMENTS[f"{name}, half of the clients"] = EXPERIMENTS[name].replace(participation=0.5, rounds=3)
+DOUBLE = "fsl_sage", "sglr"  # in double precision too
 PROGRAM = Path(__file__).parent / "ranks_program.py"
 OWN_NETWORK = ["unshare", "--net", "--map-root-user"]  # a loopback interface that nobody else uses
 UP = "import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh', b'lo', 0x49))"
@@ -42,7 +44,8 @@ def has_own_network():
 def on_ranks(tmp_path_factory):
     """All experiments in one group of ranks: the store, and what was sent for each, by its hash."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "plan.json").write_text(json.dumps([e.to_dict() for e in EXPERIMENTS.values()]))
+    plan = [e.to_dict() for e in EXPERIMENTS.values()], [EXPERIMENTS[name].to_dict() for name in DOUBLE]
+    (folder / "plan.json").write_text(json.dumps(plan))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", PROGRAM, folder, folder / "plan.json"]
     command = [sys.executable, *map(str, words)]
     if has_own_network():
@@ -62,6 +65,15 @@ def test_ranks_end_with_the_history_of_the_simulation(on_ranks, name):
     for table in ("rounds", "alignments", "ledger"):
         pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
     assert one.stopped == other.stopped
+
+
+@pytest.mark.parametrize("name", DOUBLE)
+def test_in_double_precision_too(on_ranks, name):
+    with double_precision():
+        one, other = train(EXPERIMENTS[name], "cpu", progress=False), RunStore(on_ranks[0].root / "double")
+    pd.testing.assert_frame_equal(one.rounds, other.find(EXPERIMENTS[name]).rounds, rtol=1e-6, atol=0)
+    single = train(EXPERIMENTS[name], "cpu", progress=False)
+    assert one.rounds.paper_bytes.iloc[-1] == pytest.approx(2 * single.rounds.paper_bytes.iloc[-1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "sglr, averaged"])

@@ -1,0 +1,21 @@
+"""Runs in double precision: models and images in float64."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fsl_sage import data
+
+
+@contextmanager
+def double_precision():
+    """Within the block everything that is made is float64."""
+    single, before = data.normalise, torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "normalise", lambda *images: single(*images).double())
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
