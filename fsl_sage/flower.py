@@ -81,7 +81,7 @@ class _Box:
         "The round counts: what the client has not been told is for the next one."
         self.after, self.late = rnd, self.downs[len(self.told) :]
 
-# %% ../nbs/20_flower.ipynb #93d56d7e
+# %% ../nbs/20_flower.ipynb #54ea8282
 class AskingMail:
     "The server's mail with clients that speak when they are asked."
 
@@ -107,7 +107,7 @@ class AskingMail:
     def multicast(self, clients: Sequence[int], data: bytes | None, size: int) -> None:
         raise ValueError("one message to several clients at a step: not with clients that are asked once a round")
 
-# %% ../nbs/20_flower.ipynb #6b67749d
+# %% ../nbs/20_flower.ipynb #71529de4
 def next_up(
     mail: AskingMail,
     client: int,
@@ -157,7 +157,7 @@ def begin_round(
         raise MessageError(f"no client is left in round {rnd} ({reasons}); started again, the run goes on from there")
     return mail.present
 
-# %% ../nbs/20_flower.ipynb #773a001c
+# %% ../nbs/20_flower.ipynb #8a7dffd7
 def leave_out(
     mail: AskingMail,
     error: MessageError,  # that says whose answer cannot be used
@@ -169,7 +169,7 @@ def leave_out(
         mail.out[i], mail.boxes[i].told, mail.boxes[i].ups = str(error), [], []
     log.warning(f"round {mail.round} without {names}: {error} ({lost} bytes that came are in no account)")
 
-# %% ../nbs/20_flower.ipynb #b09a2c6b
+# %% ../nbs/20_flower.ipynb #e8d7b2eb
 def end_round(
     mail: AskingMail,
     client: int,
@@ -348,7 +348,7 @@ def go_on(
     take_places(state, ledger)
     return state, load_checkpoint(checkpoint, state, ledger)
 
-# %% ../nbs/20_flower.ipynb #10204d3b
+# %% ../nbs/20_flower.ipynb #f1cb8211
 def check_asked(experiment: Experiment) -> None:
     "`ValueError` if `experiment` cannot run with clients that are asked once a round."
     check_remote(experiment)
@@ -420,7 +420,7 @@ def looked_at(
     except MessageError as error:
         return error
 
-# %% ../nbs/20_flower.ipynb #e9a5181b
+# %% ../nbs/20_flower.ipynb #4c2f91cf
 def replies_to(
     questions: dict[int, Question],  # by node
     grid: "Grid",
@@ -433,11 +433,15 @@ def replies_to(
         Message(RecordDict({"question": ConfigRecord(asdict(question))}), dst_node_id=node, message_type="train")
         for node, question in questions.items()
     ]
-    replies = {}
-    for reply in grid.send_and_receive(messages, timeout=seconds):
-        failed = reply.has_error() and MessageError(f"has failed: {reply.error.reason}")
-        replies[reply.metadata.src_node_id] = failed or reply.content.get("answer")
-    return replies
+    came = list(grid.send_and_receive(messages, timeout=seconds))
+    sent, replies = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}, {}
+    for reply in came:
+        if reply.has_error():
+            node = sent.get(reply.metadata.reply_to_message_id)
+            replies[node] = MessageError(f"has failed ({reply.error.reason})")
+        else:
+            replies[reply.metadata.src_node_id] = reply.content.get("answer")
+    return {node: replies[node] for node in questions if node in replies}
 
 # %% ../nbs/20_flower.ipynb #c1ac263a
 class GridExchange:
