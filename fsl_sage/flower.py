@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ONE_EXCHANGE', 'Exchange', 'MOST', 'Question', 'AskingMail', 'NotYet', 'AnsweringMail', 'own_state', 'load_late',
-           'answer', 'ask_clients', 'opened', 'GridExchange', 'server_app', 'client_app']
+           'answer', 'ask_clients', 'opened', 'GridExchange', 'server_app', 'own_data', 'client_app']
 
 # %% ../nbs/20_flower.ipynb #39aa5904
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .ledger import Ledger
 from fsl_sage.remote import (
     SERVER, MessageError, WireLedger, check_remote, decode, join, line, place_name, play, serve, step_schedules,
 )  # fmt: skip
+from .shares import read_share
 from .split import LOSSES
 from .training import ALGORITHMS, Bench, History, client_data, prepare
 
@@ -301,6 +302,18 @@ def server_app() -> "ServerApp":
     return app
 
 
+def own_data(
+    experiment: Experiment,
+    node: Mapping[str, Any],  # the node's configuration
+    device: str | torch.device,
+) -> LocalData:
+    "What a client trains on."
+    place, share = int(node["partition-id"]), node.get("data")
+    if share:
+        return read_share(str(share), experiment, place, device)
+    return client_data(experiment, prepare(experiment, device, node.get("data-root"))[0])[place]
+
+
 def client_app() -> "ClientApp":
     "Flower's client app."
     from flwr.app import ConfigRecord, Message, RecordDict
@@ -312,8 +325,7 @@ def client_app() -> "ClientApp":
     def train(message: Message, context: Any) -> Message:
         experiment, node = _experiment(context), context.node_config
         place, device = int(node["partition-id"]), choose_device(str(node.get("device", "auto")))
-        own = client_data(experiment, prepare(experiment, device, node.get("data-root"))[0])[place]
-        question = Question(**dict(message.content["question"]))
+        question, own = Question(**dict(message.content["question"])), own_data(experiment, node, device)
         ups = answer(experiment, place, own, str(node["folder"]), question, device)
         return Message(RecordDict({"answer": ConfigRecord({"client": place, "ups": ups})}), reply_to=message)
 
