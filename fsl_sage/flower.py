@@ -308,7 +308,8 @@ def own_data(
     device: str | torch.device,
 ) -> LocalData:
     "What a client trains on."
-    place, share = int(node["partition-id"]), node.get("data")
+    place, share, n = int(node["partition-id"]), node.get("data"), experiment.num_clients
+    require(int(node.get("num-partitions", n)) == n, "--of", node.get("num-partitions"), f"{n}, as the server says")
     if share:
         return read_share(str(share), experiment, place, device)
     return client_data(experiment, prepare(experiment, device, node.get("data-root"))[0])[place]
