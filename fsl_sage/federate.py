@@ -341,6 +341,8 @@ def asked(
     (job,) = jobs_of([*([] if "preset" in said else ["preset=smoke"]), *words, f"num_clients={clients}"])
     check_remote(job.experiment)
     one_of("algorithm", job.experiment.algorithm.name, ONE_EXCHANGE)
+    share = job.experiment.participation
+    require(share == 1, "participation", share, "1 for clients that are asked")
     require(not job.experiment.plugins, "plugins", said.get("plugins"), "left out between machines")
     return job
 
