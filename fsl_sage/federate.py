@@ -225,6 +225,7 @@ class Federation:
         server: str | None = None,  # HOST:PORT, if it is elsewhere or something stands between them
         certificates: Path | None = None,  # the client's folder of `21b_certificates`; None: nothing is encrypted
         port: int | None = None,  # for its own processes, on the loopback interface
+        patience: float | None = None,  # seconds to look for a server that does not answer; None: for ever
     ) -> subprocess.Popen:
         "Start a client's SuperNode."
         place = f"client-{client}"
@@ -236,6 +237,7 @@ class Federation:
             words = ["--root-certificates", certificates / "ca.pem"]
             words += ["--auth-supernode-private-key", certificates / "client.key"]
         words += ["--superlink", server or self.address, "--port", str(port or free_ports(1)[0])]
+        words += ["--max-wait-time", str(patience)] if patience else []
         return self._start(place, "flower-supernode", *words, "--node-config", known)
 
     def _flwr(self, *words: str | Path, **options: Any) -> subprocess.Popen:
@@ -425,7 +427,7 @@ def client(args: argparse.Namespace, words: Sequence[str]) -> None:
     with Processes(args.folder or f"fsl-sage-client-{args.client}") as processes:
         here = Federation(processes)
         config = {"num-partitions": args.of, "data": str(data), "device": args.device}
-        node = here.node(args.client, config, args.server, own)
+        node = here.node(args.client, config, args.server, own, patience=args.patience)
         said = f"client {args.client} of {args.of} with {size} images, for {args.server}; Ctrl-C ends it"
         print(said, file=sys.stderr)
         status = node.wait()
@@ -518,6 +520,7 @@ must remember between two rounds is in its folder."""
     add("--insecure", action="store_true", help="without encryption")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, ... (default: auto)")
     add("--folder", help="for logs and what it must remember (default: fsl-sage-client-I)")
+    add("--patience", **PATIENCE | {"help": "how long to look for a server that does not answer (default: 600)"})
 
 # %% ../nbs/22_federate.ipynb #05867e04
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
