@@ -323,6 +323,8 @@ def follow(
                 bar.update()
             elif text.startswith("stored in "):
                 stored = Path(text.removeprefix("stored in "))
+            elif text.startswith(("round ", "client ")):  # who was left out, and why
+                bar.write(text, file=sys.stderr)
             elif re.match(r"[\w.]*(Error|Exception)\b", text):
                 why = text
     if not stored:
