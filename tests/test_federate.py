@@ -257,7 +257,7 @@ def test_clients_and_server_send_little_more_than_the_ledger_says(run):
     """The average of the last round stays at the server: it would come with the next question."""
     ledger, rounds = run["history"].ledger, run["history"].experiment.rounds
     kept = ledger.query(f"round == {rounds - 1} and direction == 'down'")["bytes"].sum()
-    assert 0 < kept and run["payload"] == pytest.approx(ledger["bytes"].sum() - kept, rel=0.03)
+    assert kept > 0 and run["payload"] == pytest.approx(ledger["bytes"].sum() - kept, rel=0.03)
 
 
 @needs_flower
