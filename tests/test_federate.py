@@ -232,13 +232,8 @@ def run(tmp_path_factory):
         strangers = [here.node(2, nodes[0], certificates=certificates / "client-2")]
         strangers.append(here.node(3, nodes[0], patience=20))  # without TLS
         found["strangers"] = [stranger.wait(300) for stranger in strangers]
-        before, begin = sum(meter.bytes for meter in meters), time.monotonic()
-        time.sleep(30)
-        idle = (sum(meter.bytes for meter in meters) - before) / (time.monotonic() - begin)
-        before, begin = sum(meter.bytes for meter in meters), time.monotonic()
         follow(here.said(here.submit(run_config(experiment, "cpu"))), experiment.rounds)
-        sent = sum(meter.bytes for meter in meters) - before
-        found |= {"payload": sent - idle * (time.monotonic() - begin), "room": here.folder}
+        found["sent"] = sum(meter.bytes for meter in meters)
     return found | {"history": RunStore(folder / "runs").find(experiment), "left": here.processes.alive()}
 
 
@@ -254,10 +249,11 @@ def test_processes_end_with_the_history_of_the_simulation(run):
 @needs_flower
 @pytest.mark.slow
 def test_clients_and_server_send_little_more_than_the_ledger_says(run):
-    """The average of the last round stays at the server: it would come with the next question."""
+    """The average of the last round stays at the server: it would come with the next question. More than the ledger's
+    are TLS, HTTP and the clients' looking for questions; what else they say (who they are, losses) is little."""
     ledger, rounds = run["history"].ledger, run["history"].experiment.rounds
     kept = ledger.query(f"round == {rounds - 1} and direction == 'down'")["bytes"].sum()
-    assert kept > 0 and run["payload"] == pytest.approx(ledger["bytes"].sum() - kept, rel=0.03)
+    assert kept > 0 and run["sent"] == pytest.approx(ledger["bytes"].sum() - kept, rel=0.03)
 
 
 @needs_flower
