@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARK', 'PLACE', 'APP', 'PYPROJECT', 'Config', 'QUIET', 'ANY', 'ROUND', 'ABOUT', 'WORDS', 'CLIENTS', 'PATIENCE',
-           'SIGNALS', 'Processes', 'free_ports', 'wait_for', 'toml', 'write_app', 'Federation', 'federation',
-           'run_config', 'follow', 'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'client',
-           'interruptible', 'main']
+           'SIGNALS', 'with_variables', 'end_all', 'Processes', 'free_ports', 'wait_for', 'toml', 'write_app',
+           'Programs', 'server_tls', 'client_tls', 'known_server', 'Commands', 'Federation', 'federation', 'run_config',
+           'follow', 'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'client', 'interruptible',
+           'main']
 
 # %% ../nbs/22_federate.ipynb #5058ceb4
 import argparse
@@ -44,6 +45,37 @@ if TYPE_CHECKING:
     from fsl_sage.cli import Job
 
 # %% ../nbs/22_federate.ipynb #c3405b63
+def with_variables(
+    wanted: dict[str, str],
+) -> list["psutil.Process"]:
+    "The processes that have these variables in their environment."
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # it may end while we look; others' are closed to us
+            if wanted.items() <= process.environ().items():
+                found.append(process)
+    return found
+
+# %% ../nbs/22_federate.ipynb #6fb39587
+def end_all(
+    alive: Callable[[], list["psutil.Process"]],  # what shall end, looked up again and again
+    seconds: float,  # of grace
+) -> None:
+    "End processes, first politely."
+    import psutil
+
+    for act, patience in ((psutil.Process.terminate, seconds), (psutil.Process.kill, 60)):
+        until, told = time.monotonic() + patience, set()
+        while (left := alive()) and time.monotonic() < until:
+            for process in set(left) - told:
+                with suppress(psutil.Error):
+                    act(process)
+            told |= set(left)
+            psutil.wait_procs(left, timeout=0.2)
+
+# %% ../nbs/22_federate.ipynb #70f79d1f
 MARK, PLACE = "FSL_SAGE_FEDERATION", "FSL_SAGE_PLACE"
 
 
@@ -81,27 +113,11 @@ class Processes:
 
     def alive(self, place: str | None = None) -> list["psutil.Process"]:  # None: of all places
         "What runs."
-        import psutil
-
-        found, wanted = [], {MARK: self.mark} | ({PLACE: place} if place else {})
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):  # it may end while we look; others' are closed to us
-                if wanted.items() <= process.environ().items():
-                    found.append(process)
-        return found
+        return with_variables({MARK: self.mark} | ({PLACE: place} if place else {}))
 
     def end(self, place: str | None = None, seconds: float = 10) -> None:  # of grace
-        "End what runs, first politely."
-        import psutil
-
-        for act, patience in ((psutil.Process.terminate, seconds), (psutil.Process.kill, 60)):
-            until, told = time.monotonic() + patience, set()
-            while (left := self.alive(place)) and time.monotonic() < until:
-                for process in set(left) - told:
-                    with suppress(psutil.Error):
-                        act(process)
-                told |= set(left)
-                psutil.wait_procs(left, timeout=0.2)
+        "End what runs."
+        end_all(lambda: self.alive(place), seconds)
 
 # %% ../nbs/22_federate.ipynb #55becc28
 def free_ports(
@@ -178,8 +194,8 @@ ANY = ("0.0.0.0", "::")  # addresses that mean: all of this machine's
 
 
 @dataclass
-class Federation:
-    "Flower's programs of one federation, as far as they are on this machine."
+class Programs:
+    "How Flower's programs are started."
 
     processes: Processes
     port: int = 8000  # of the server
@@ -198,23 +214,87 @@ class Federation:
         host = "127.0.0.1" if self.host in ANY else self.host
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
-    def _start(self, place: str, program: str, *words: str | Path, **options: Any) -> subprocess.Popen:
+    def start(self, place: str, program: str, *words: str | Path, **options: Any) -> subprocess.Popen:
+        "Start a program with a home of its own."
         home = self.folder / f"{place}-flower"
         home.mkdir(exist_ok=True)
-        return self.processes.start(
-            place, program, *words, **{"FLWR_HOME": str(home), **QUIET, **self.environment, **options}
-        )
+        own = {"FLWR_HOME": str(home), **QUIET, **self.environment}
+        return self.processes.start(place, program, *words, **own | options)
+
+# %% ../nbs/22_federate.ipynb #191fc101
+def server_tls(
+    own: Path | None,  # the server's folder of certificates
+) -> list[str | Path]:
+    "Words for the SuperLink."
+    if not own:
+        return ["--insecure"]
+    shown = ["--ssl-ca-certfile", own / "ca.pem", "--ssl-certfile", own / "server.pem"]
+    return [*shown, "--ssl-keyfile", own / "server.key", "--enable-supernode-auth"]
+
+
+def client_tls(
+    own: Path | None,  # the client's folder of certificates
+) -> list[str | Path]:
+    "Words for a SuperNode."
+    if not own:
+        return ["--insecure"]
+    return ["--root-certificates", own / "ca.pem", "--auth-supernode-private-key", own / "client.key"]
+
+
+def known_server(
+    address: str,  # HOST:PORT
+    own: Path | None,  # the server's folder of certificates
+) -> str:
+    "Flower's `config.toml`, by which its command line finds the server under the name `here`."
+    how: Config = {"root-certificates": str((own / "ca.pem").resolve())} if own else {"insecure": True}
+    return f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{toml({"address": address} | how)}'
+
+# %% ../nbs/22_federate.ipynb #9cce2f60
+class Commands(Programs):
+    "What Flower's command line does."
+
+    def flwr(self, *words: str | Path, **options: Any) -> subprocess.Popen:
+        "Start Flower's command line, which speaks to the server."
+        (self.folder / "run-flower").mkdir(exist_ok=True)
+        known = known_server(self.address, self.certificates)
+        (self.folder / "run-flower" / "config.toml").write_text(known, "utf-8")
+        return self.start("run", "flwr", *words, **options)
+
+    def register(self) -> None:
+        "Tell the server who may come in: the owners of the keys in its folder."
+        for key in sorted(self.certificates.glob("*.pub")):
+            if self.flwr("supernode", "register", key, "here").wait():
+                raise RuntimeError(f"{key} was not registered")
+
+    def submit(
+        self,
+        config: Config,  # `run_config`: experiment, device, seconds, …
+    ) -> subprocess.Popen:  # its standard output is the server app's: see `said`
+        "Hand in a run."
+        write_app(self.folder / "app", config)
+        return self.flwr("run", self.folder / "app", "here", "--stream", out=subprocess.PIPE)
+
+    def said(
+        self,
+        run: subprocess.Popen,  # from `submit`
+    ) -> Iterator[str]:  # lines
+        "What the server app says, as it says it; it is kept with the other logs."
+        with open(self.folder / "run.log", "ab") as log:
+            for line in run.stdout:
+                log.write(line)
+                log.flush()
+                yield line.decode("utf-8", "replace").rstrip()
+        run.wait()
+
+# %% ../nbs/22_federate.ipynb #d88269ca
+class Federation(Commands):
+    "Flower's programs of one federation, as far as they are on this machine."
 
     def link(self) -> subprocess.Popen:
         "Start the server's SuperLink, and wait until it listens."
-        words: list[str | Path] = ["--disable-runtime-dependency-installation", "--host", self.host]
-        if own := self.certificates:
-            words += ["--ssl-ca-certfile", own / "ca.pem", "--ssl-certfile", own / "server.pem"]
-            words += ["--ssl-keyfile", own / "server.key", "--enable-supernode-auth"]
-        else:
-            words += ["--insecure"]
+        words = ["--disable-runtime-dependency-installation", "--host", self.host, "--port", str(self.port)]
         store = str(store_root().resolve())
-        process = self._start("server", "flower-superlink", *words, "--port", str(self.port), FSL_SAGE_RUNS=store)
+        process = self.start("server", "flower-superlink", *words, *server_tls(self.certificates), FSL_SAGE_RUNS=store)
         wait_for(self.address, process)
         return process
 
@@ -229,51 +309,12 @@ class Federation:
     ) -> subprocess.Popen:
         "Start a client's SuperNode."
         place = f"client-{client}"
-        known = self.folder / f"{place}.toml"
-        known.write_text(toml({"partition-id": client, "folder": str(self.folder / place)} | config), "utf-8")
-        (self.folder / place).mkdir(exist_ok=True)
-        words: list[str | Path] = ["--insecure"]
-        if certificates:
-            words = ["--root-certificates", certificates / "ca.pem"]
-            words += ["--auth-supernode-private-key", certificates / "client.key"]
-        words += ["--superlink", server or self.address, "--port", str(port or free_ports(1)[0])]
+        known, own = self.folder / f"{place}.toml", self.folder / place
+        known.write_text(toml({"partition-id": client, "folder": str(own)} | config), "utf-8")
+        own.mkdir(exist_ok=True)
+        words = ["--superlink", server or self.address, "--port", str(port or free_ports(1)[0])]
         words += ["--max-wait-time", str(patience)] if patience else []
-        return self._start(place, "flower-supernode", *words, "--node-config", known)
-
-    def _flwr(self, *words: str | Path, **options: Any) -> subprocess.Popen:
-        "Start Flower's command line, which speaks to the server."
-        (self.folder / "run-flower").mkdir(exist_ok=True)
-        own, table = self.certificates, {"address": self.address}
-        table |= {"root-certificates": str((own / "ca.pem").resolve())} if own else {"insecure": True}
-        text = f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{toml(table)}'
-        (self.folder / "run-flower" / "config.toml").write_text(text, "utf-8")
-        return self._start("run", "flwr", *words, **options)
-
-    def register(self) -> None:
-        "Tell the server who may come in: the owners of the keys in its folder."
-        for key in sorted(self.certificates.glob("*.pub")):
-            if self._flwr("supernode", "register", key, "here").wait():
-                raise RuntimeError(f"{key} was not registered")
-
-    def submit(
-        self,
-        config: Config,  # `run_config`: experiment, device, seconds, …
-    ) -> subprocess.Popen:  # its standard output is the server app's: see `said`
-        "Hand in a run."
-        write_app(self.folder / "app", config)
-        return self._flwr("run", self.folder / "app", "here", "--stream", out=subprocess.PIPE)
-
-    def said(
-        self,
-        run: subprocess.Popen,  # from `submit`
-    ) -> Iterator[str]:  # lines
-        "What the server app says, as it says it; it is kept with the other logs."
-        with open(self.folder / "run.log", "ab") as log:
-            for line in run.stdout:
-                log.write(line)
-                log.flush()
-                yield line.decode("utf-8", "replace").rstrip()
-        run.wait()
+        return self.start(place, "flower-supernode", *words, *client_tls(certificates), "--node-config", known)
 
 # %% ../nbs/22_federate.ipynb #6964cc73
 @contextmanager
