@@ -6,8 +6,8 @@
 __all__ = ['MARK', 'PLACE', 'APP', 'PYPROJECT', 'Config', 'QUIET', 'ANY', 'ROUND', 'ABOUT', 'WORDS', 'CLIENTS', 'PATIENCE',
            'SIGNALS', 'with_variables', 'end_all', 'Processes', 'free_ports', 'wait_for', 'toml', 'write_app',
            'Programs', 'server_tls', 'client_tls', 'known_server', 'Commands', 'Federation', 'federation', 'run_config',
-           'follow', 'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'client', 'interruptible',
-           'main']
+           'follow', 'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'client', 'stay',
+           'interruptible', 'main']
 
 # %% ../nbs/22_federate.ipynb #5058ceb4
 import argparse
@@ -470,11 +470,25 @@ def client(args: argparse.Namespace, words: Sequence[str]) -> None:
     with Processes(args.folder or f"fsl-sage-client-{args.client}") as processes:
         here = Federation(processes)
         config = {"num-partitions": args.of, "data": str(data), "device": args.device}
-        node = here.node(args.client, config, args.server, own, patience=args.patience)
         said = f"client {args.client} of {args.of} with {size} images, for {args.server}; Ctrl-C ends it"
         print(said, file=sys.stderr)
-        status = node.wait()
-        raise RuntimeError(f"the node has ended with status {status}; what it said is in {here.folder}")
+        stay(lambda: here.node(args.client, config, args.server, own, patience=args.patience), here, args.patience)
+
+
+def stay(
+    start: Callable[[], subprocess.Popen],  # a node
+    here: Federation,
+    patience: float,  # seconds
+) -> None:
+    "Start a node again while it is not let in. `RuntimeError` after `patience`."
+    until = time.monotonic() + patience
+    while status := start().wait():
+        here.processes.end()
+        if time.monotonic() > until:
+            break
+        print("not let in: the server is not ready, or does not know this key; trying again", file=sys.stderr)
+        time.sleep(min(5, patience))
+    raise RuntimeError(f"the node has ended with status {status}; what it said is in {here.folder}")
 
 # %% ../nbs/22_federate.ipynb #355bc9c4
 ABOUT = """\
