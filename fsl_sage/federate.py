@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARK', 'PLACE', 'APP', 'PYPROJECT', 'Config', 'QUIET', 'ANY', 'ROUND', 'ABOUT', 'WORDS', 'CLIENTS', 'PATIENCE',
-           'SIGNALS', 'with_variables', 'end_all', 'Processes', 'free_ports', 'wait_for', 'toml', 'write_app',
-           'Programs', 'server_tls', 'client_tls', 'known_server', 'Commands', 'Federation', 'federation', 'run_config',
-           'follow', 'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'client', 'stay',
-           'interruptible', 'main']
+           'with_variables', 'end_all', 'Processes', 'free_ports', 'wait_for', 'toml', 'write_app', 'Programs',
+           'server_tls', 'client_tls', 'known_server', 'Commands', 'Federation', 'federation', 'run_config', 'follow',
+           'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'client', 'stay', 'interruptible', 'main']
 
 # %% ../nbs/22_federate.ipynb #5058ceb4
 import argparse
@@ -580,19 +579,19 @@ must remember between two rounds is in its folder."""
     add("--patience", **PATIENCE | {"help": "how long to look for a server that does not answer (default: 600)"})
 
 # %% ../nbs/22_federate.ipynb #05867e04
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 @contextmanager
 def interruptible() -> Iterator[None]:
-    "In the block, each of `SIGNALS` is a `KeyboardInterrupt`, once."
+    "In the block, a signal that would end this process is a `KeyboardInterrupt`, once."
+    numbers, hang_up = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)
+    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
+        numbers.append(hang_up)
 
     def stop(*_: Any) -> None:
-        for number in SIGNALS:
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
