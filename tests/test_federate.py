@@ -288,6 +288,19 @@ def test_an_interrupted_command_leaves_no_process_behind(how, tmp_path):
     assert not inheriting(mark) and not list(tmp_path.iterdir())
 
 
+def test_a_node_that_is_not_let_in_is_started_again(tmp_path, capsys):
+    started = []
+
+    class Refused:
+        def wait(self):
+            started.append(self)
+            return 1
+
+    with Processes(tmp_path) as processes, pytest.raises(RuntimeError, match=f"status 1; .*{tmp_path.name}"):
+        federate.stay(Refused, Federation(processes), patience=0.1)
+    assert len(started) > 1 and "does not know this key; trying again" in capsys.readouterr().err
+
+
 def test_processes_that_ignore_a_polite_end_are_ended(tmp_path):
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(300)"
     with Processes(tmp_path) as processes:
