@@ -6,13 +6,13 @@
 __all__ = ['log', 'ONE_EXCHANGE', 'Answer', 'Exchange', 'MOST', 'Question', 'AskingMail', 'next_up', 'ask', 'begin_round',
            'leave_out', 'end_round', 'remembered', 'remember', 'NotYet', 'AnsweringMail', 'own_state', 'client_file',
            'forget_others', 'load_late', 'catch_up', 'answer', 'meet', 'go_on', 'check_asked', 'ask_clients', 'opened',
-           'looked_at', 'replies_to', 'GridExchange', 'server_app', 'client_app']
+           'looked_at', 'replies_to', 'GridExchange', 'server_app', 'own_data', 'client_app']
 
 # %% ../nbs/20_flower.ipynb #39aa5904
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,14 @@ import torch
 
 from .checkpoint import Progress, load_beside, load_checkpoint, save_checkpoint
 from .config import Experiment, from_dict
-from .core import choose_device, one_of
+from .core import choose_device, one_of, require
 from .federation import LocalData, State, asked_clients
 from .ledger import Ledger
 from fsl_sage.remote import (
     SERVER, MessageError, WireLedger, check_remote, decode, join, line, outlines, place_name, play, serve,
     step_schedules, take_places,
 )  # fmt: skip
+from .shares import read_share
 from .split import LOSSES
 from .training import ALGORITHMS, Bench, History, client_data, prepare
 
@@ -508,6 +509,19 @@ def server_app() -> "ServerApp":
     return app
 
 # %% ../nbs/20_flower.ipynb #3948ddb9
+def own_data(
+    experiment: Experiment,
+    node: Mapping[str, Any],  # the node's configuration
+    device: str | torch.device,
+) -> LocalData:
+    "What a client trains on."
+    place, share, n = int(node["partition-id"]), node.get("data"), experiment.num_clients
+    require(int(node.get("num-partitions", n)) == n, "--of", node.get("num-partitions"), f"{n}, as the server says")
+    if share:
+        return read_share(str(share), experiment, place, device)
+    return client_data(experiment, prepare(experiment, device, node.get("data-root"))[0])[place]
+
+
 def client_app() -> "ClientApp":
     "Flower's client app."
     from flwr.app import ConfigRecord, Message, RecordDict
@@ -519,8 +533,7 @@ def client_app() -> "ClientApp":
     def train(message: Message, context: Any) -> Message:
         experiment, node = _experiment(context), context.node_config
         place, device = int(node["partition-id"]), choose_device(str(node.get("device", "auto")))
-        own = client_data(experiment, prepare(experiment, device, node.get("data-root"))[0])[place]
-        question = Question(**dict(message.content["question"]))
+        question, own = Question(**dict(message.content["question"])), own_data(experiment, node, device)
         ups = answer(experiment, place, own, str(node["folder"]), question, device)
         return Message(RecordDict({"answer": ConfigRecord({"client": place, "ups": ups})}), reply_to=message)
 

@@ -113,7 +113,7 @@ def test_the_ten_lines_run_elsewhere(elsewhere):
     assert Path(printed.splitlines()[-1]).is_relative_to(elsewhere / "env")
 
 
-@pytest.mark.parametrize("command", ["fsl-sage", "fsl-sage-runs", "fsl-sage-reproduce"])
+@pytest.mark.parametrize("command", ["fsl-sage", "fsl-sage-runs", "fsl-sage-reproduce", "fsl-sage-federate"])
 def test_commands_answer_elsewhere(elsewhere, command, settings):
     assert command in settings["console_scripts"]
     assert command in run(elsewhere / "env/bin" / command, "--help", cwd=elsewhere)
