@@ -32,10 +32,9 @@ from tqdm import tqdm
 
 from .certificates import make_certificates
 from .config import Experiment
-from .core import one_of, require
-from .flower import ONE_EXCHANGE
-from .remote import check_remote
-from .runs import store_root
+from .core import require
+from .flower import check_asked
+from .runs import checkpoint_of, store_root
 from .shares import read_arrays, share_path, write_shares
 
 if TYPE_CHECKING:
@@ -383,10 +382,7 @@ def asked(
     for key, instead in (("num_clients", "--clients"), *((key, "fsl-sage") for key in ("save", "resume", "log"))):
         require(key not in said, key, said.get(key), f"left out here: {instead} is for it")
     (job,) = jobs_of([*([] if "preset" in said else ["preset=smoke"]), *words, f"num_clients={clients}"])
-    check_remote(job.experiment)
-    one_of("algorithm", job.experiment.algorithm.name, ONE_EXCHANGE)
-    share = job.experiment.participation
-    require(share == 1, "participation", share, "1 for clients that are asked")
+    check_asked(job.experiment)
     require(not job.experiment.plugins, "plugins", said.get("plugins"), "left out between machines")
     return job
 
@@ -396,6 +392,7 @@ def local(args: argparse.Namespace, words: Sequence[str]) -> None:
     job, n = asked(words, args.clients), args.clients
     folder, device = Path(tempfile.mkdtemp(prefix="fsl_sage-")), job.options.device
     failed = False
+    checkpoint_of(store_root(), f"server-{job.experiment.hash}").unlink(missing_ok=True)  # its clients' files are gone
     try:
         shares = write_shares(job.experiment, folder / "shares", job.options.data_root)
         nodes = [{"device": device, "data": str(path)} for path in shares]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SERVER', 'Placed', 'placed', 'elsewhere', 'Outline', 'MessageError', 'encode', 'decode', 'check', 'check_numbers',
            'place_name', 'Mail', 'kinds_of', 'WireLedger', 'to_several', 'WireLink', 'taken', 'outline_of',
-           'take_places', 'outlines', 'introduce', 'check_remote', 'join', 'share_losses', 'play', 'is_spent', 'is_due',
-           'fetch_models', 'step_schedules', 'history_of', 'serve_round', 'serve', 'line', 'attend']
+           'take_places', 'outlines', 'introduce', 'check_remote', 'join', 'share_losses', 'play', 'fetch_models',
+           'step_schedules', 'history_of', 'serve_round', 'serve', 'line', 'attend']
 
 # %% ../nbs/19_remote.ipynb #d27da13c
 import json
@@ -30,7 +30,7 @@ from .federation import Algorithm, LocalData, Metrics, State, asked_clients, onl
 from .ledger import Ledger, Link, framing_bytes
 from .split import Part
 from fsl_sage.training import (
-    ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, first_bad_loss, round_row,
+    ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, first_bad_loss, is_due, is_spent, round_row,
 )  # fmt: skip
 
 # %% ../nbs/19_remote.ipynb #42859e6a
@@ -426,18 +426,6 @@ def play(
         metrics = algorithm.run_round(state, rnd, ledger)
     share_losses(metrics, ledger)
     return metrics
-
-# %% ../nbs/19_remote.ipynb #9d583bde
-def is_spent(experiment: Experiment, ledger: Ledger) -> bool:
-    "Whether the budget of communication is used up."
-    budget = experiment.comm_threshold_mb
-    return budget is not None and ledger.bytes("paper") >= budget * 2**20
-
-
-def is_due(experiment: Experiment, ledger: Ledger, rnd: int) -> bool:
-    "Whether round `rnd` is evaluated."
-    last = rnd == experiment.rounds - 1 or is_spent(experiment, ledger)
-    return last or (rnd + 1) % experiment.eval_every == 0
 
 # %% ../nbs/19_remote.ipynb #48b5bc86
 def fetch_models(state: State, ledger: WireLedger, algorithm: Algorithm) -> None:

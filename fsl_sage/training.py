@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'ALIGNMENT_COLUMNS', 'Models', 'evaluate', 'evaluate_mean', 'History', 'DivergedError', 'first_bad_loss',
            'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Bench', 'round_row', 'alignment_rows', 'Register',
-           'register_of', 'set_up', 'Callback', 'Run', 'begin', 'Saver', 'one_round', 'is_spent', 'trouble',
+           'register_of', 'set_up', 'Callback', 'Run', 'begin', 'Saver', 'one_round', 'is_spent', 'is_due', 'trouble',
            'write_down', 'history_of', 'train_state', 'train', 'selected']
 
 # %% ../nbs/09_training.ipynb #c5940c46
@@ -378,11 +378,22 @@ def one_round(
 
 
 def is_spent(
-    run: Run,
+    experiment: Experiment,
+    ledger: Ledger,
 ) -> bool:  # False where there is no budget
     "Whether the budget of communication is reached."
-    budget = run.state.experiment.comm_threshold_mb
-    return bool(budget) and run.ledger.bytes("paper") >= budget * 2**20
+    budget = experiment.comm_threshold_mb
+    return budget is not None and ledger.bytes("paper") >= budget * 2**20
+
+
+def is_due(
+    experiment: Experiment,
+    ledger: Ledger,
+    rnd: int,  # round that has just been made
+) -> bool:
+    "Whether the round is evaluated: every `eval_every`-th, and the last."
+    last = rnd == experiment.rounds - 1 or is_spent(experiment, ledger)
+    return last or (rnd + 1) % experiment.eval_every == 0
 
 # %% ../nbs/09_training.ipynb #027f4f9e
 def trouble(
@@ -438,15 +449,14 @@ def train_state(
     def models() -> list[nn.Module]:
         return deepcopy(run.bench.algorithm.evaluation_models(state))
 
-    tell, saver, spent = partial(_tell, callbacks, device), Saver(checkpoint, checkpoint_seconds), False
+    tell, saver = partial(_tell, callbacks, device), Saver(checkpoint, checkpoint_seconds)
     attending = islice(attendances(experiment, run.register.samples, run.register.costs), len(done.rounds), None)
     rounds = range(done.next_round, experiment.rounds)
     tell("start", experiment)
     bar = tqdm(rounds, experiment.algorithm.name, unit="round", disable=not progress)
     for rnd, attendance in zip(bar, attending, strict=False):
         metrics = one_round(run, rnd, attendance)
-        spent = is_spent(run)
-        due = spent or rnd == rounds[-1] or (rnd + 1) % experiment.eval_every == 0
+        due = is_due(experiment, ledger, rnd)
         results = run.bench.accuracies(state, due)
         if bad := trouble(metrics, results, rnd, due):
             ended = history_of(run, "diverged")
@@ -457,11 +467,11 @@ def train_state(
         for part in state.parts if rnd >= 0 else ():
             part.step_schedule()
         tell("round", done.rounds[-1], models)
-        if spent:
+        if is_spent(experiment, ledger):
             break
         if rnd < rounds[-1]:
             saver.save_if_due(run)
-    ended = history_of(run, "budget" if spent else "rounds")
+    ended = history_of(run, "budget" if is_spent(experiment, ledger) else "rounds")
     tell("end", ended, models)
     return ended, state
 

@@ -31,7 +31,8 @@ class Proxy:
                 rest = asyncio.all_tasks(self.loop)
                 for task in rest:
                     task.cancel()
-                self.loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+                if rest:
+                    self.loop.run_until_complete(asyncio.wait(rest))
 
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()

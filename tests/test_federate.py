@@ -120,7 +120,6 @@ CLIENT = ["client", "--server", "a:1", "--client", "0", "--of", "2", "--data", "
         (["local", "--clients", "0"], "num_clients"),
         (["local", "num_clients=3"], "--clients"),
         (["local", "save=True"], "save"),
-        (["local", "participation=0.5"], "participation"),
         (["local", "clock.spread=1"], "clock"),
         (SERVER, "--certificates FOLDER and --insecure"),
         ([*SERVER, "--insecure", "--certificates", "x"], "--certificates FOLDER and --insecure"),
