@@ -381,7 +381,8 @@ def asked(
     said = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     for key, instead in (("num_clients", "--clients"), *((key, "fsl-sage") for key in ("save", "resume", "log"))):
         require(key not in said, key, said.get(key), f"left out here: {instead} is for it")
-    (job,) = jobs_of([*([] if "preset" in said else ["preset=smoke"]), *words, f"num_clients={clients}"])
+    small = [] if "preset" in said else ["preset=smoke", *([] if "rounds" in said else ["rounds=2"])]
+    (job,) = jobs_of([*small, *words, f"num_clients={clients}"])
     check_asked(job.experiment)
     require(not job.experiment.plugins, "plugins", said.get("plugins"), "left out between machines")
     return job
@@ -495,7 +496,7 @@ Between machines:      split, certs (once); then server on one machine and clien
 """
 WORDS = """\
 KEY=VALUE are the words of fsl-sage (fsl-sage --help lists them all), such as rounds=5, algorithm=cse_fsl,
-dataset.distribution=noniid_dirichlet. Without preset=, a run begins with preset=smoke. The finished run goes
+dataset.distribution=noniid_dirichlet. Without preset=, a run begins with preset=smoke rounds=2. The finished run goes
 into the store (runs/, or FSL_SAGE_RUNS), where fsl-sage-runs finds it.
 """
 
