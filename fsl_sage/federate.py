@@ -6,7 +6,7 @@
 __all__ = ['MARK', 'PLACE', 'APP', 'PYPROJECT', 'Config', 'QUIET', 'ANY', 'ROUND', 'ABOUT', 'WORDS', 'CLIENTS', 'PATIENCE',
            'with_variables', 'end_all', 'Processes', 'free_ports', 'wait_for', 'toml', 'write_app', 'Programs',
            'server_tls', 'client_tls', 'known_server', 'Commands', 'Federation', 'federation', 'run_config', 'follow',
-           'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'client', 'stay', 'interruptible', 'main']
+           'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'stay', 'client', 'interruptible', 'main']
 
 # %% ../nbs/22_federate.ipynb #5058ceb4
 import argparse
@@ -415,7 +415,7 @@ def tell(
     "Say where a run is."
     print(f"run {folder.name} is in {folder}: fsl-sage-runs show {folder.name[:8]}")
 
-
+# %% ../nbs/22_federate.ipynb #ee7fb167
 def split(args: argparse.Namespace, words: Sequence[str]) -> None:
     "`fsl-sage-federate split`"
     job = asked(words, args.clients)
@@ -430,7 +430,7 @@ def certs(args: argparse.Namespace, words: Sequence[str]) -> None:
     print(f"{server}: for the server alone")
     print("\n".join(f"{folder}: for client {i} alone" for i, folder in enumerate(clients)))
 
-# %% ../nbs/22_federate.ipynb #ee7fb167
+# %% ../nbs/22_federate.ipynb #b8012b5a
 def has_files(folder: str, *names: str) -> Path:
     "The folder of certificates, if all is there."
     missing = [name for name in names if not (Path(folder) / name).is_file()]
@@ -455,6 +455,22 @@ def server(args: argparse.Namespace, words: Sequence[str]) -> None:
         except RuntimeError as error:
             raise RuntimeError(f"{error}; what the programs said is in {here.folder}") from error
 
+# %% ../nbs/22_federate.ipynb #cef0fd17
+def stay(
+    start: Callable[[], subprocess.Popen],  # a node
+    here: Federation,
+    patience: float,  # seconds
+) -> None:
+    "Start a node again while it is not let in. `RuntimeError` after `patience`."
+    until = time.monotonic() + patience
+    while status := start().wait():
+        here.processes.end()
+        if time.monotonic() > until:
+            break
+        print("not let in: the server is not ready, or does not know this key; trying again", file=sys.stderr)
+        time.sleep(min(5, patience))
+    raise RuntimeError(f"the node has ended with status {status}; what it said is in {here.folder}")
+
 
 def client(args: argparse.Namespace, words: Sequence[str]) -> None:
     "`fsl-sage-federate client`"
@@ -470,22 +486,6 @@ def client(args: argparse.Namespace, words: Sequence[str]) -> None:
         said = f"client {args.client} of {args.of} with {size} images, for {args.server}; Ctrl-C ends it"
         print(said, file=sys.stderr)
         stay(lambda: here.node(args.client, config, args.server, own, patience=args.patience), here, args.patience)
-
-
-def stay(
-    start: Callable[[], subprocess.Popen],  # a node
-    here: Federation,
-    patience: float,  # seconds
-) -> None:
-    "Start a node again while it is not let in. `RuntimeError` after `patience`."
-    until = time.monotonic() + patience
-    while status := start().wait():
-        here.processes.end()
-        if time.monotonic() > until:
-            break
-        print("not let in: the server is not ready, or does not know this key; trying again", file=sys.stderr)
-        time.sleep(min(5, patience))
-    raise RuntimeError(f"the node has ended with status {status}; what it said is in {here.folder}")
 
 # %% ../nbs/22_federate.ipynb #355bc9c4
 ABOUT = """\
