@@ -240,7 +240,7 @@ def execute_all(
     jobs: int,  # notebooks at a time
 ) -> Iterator[Figure]:  # as they finish
     "Execute the notebooks, `jobs` at a time."
-    work = (delayed(execute)(figure, environment) for figure in figures)
+    work = (delayed(execute)(figure, environment) for figure in sorted(figures, key=lambda f: len(f.experiments)))
     # A pool of one would be this process; only as many as are dispatched beforehand are at work at a time.
     yield from side_by_side(work, max(2, jobs), pre_dispatch=jobs)
 
