@@ -74,7 +74,8 @@ def end_all(
             psutil.wait_procs(left, timeout=0.2)
 
 # %% ../nbs/22_federate.ipynb #70f79d1f
-MARK, PLACE = "FSL_SAGE_FEDERATION", "FSL_SAGE_PLACE"
+MARK = "FSL_SAGE_FEDERATION"  # variable by which processes of a federation are found again
+PLACE = "FSL_SAGE_PLACE"  # and whom they work for
 
 
 class Processes:
