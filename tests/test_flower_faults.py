@@ -4,6 +4,7 @@ import re
 import threading
 import time
 
+import psutil
 import pytest
 from asking import small
 from proxy import Proxy
@@ -105,8 +106,9 @@ def test_a_server_that_is_killed_goes_on(tmp_path, monkeypatch):
                 process.kill()
         killed, run = time.monotonic(), Run(here, experiment)
         print(f"round 2 ended {run.wait_for('round 2:') - killed:.0f} s after the server app was killed")
-        for process in here.processes.alive("server"):
+        for process in (dying := here.processes.alive("server")):
             process.kill()
+        psutil.wait_procs(dying, 30)  # until then the port answers
         killed = time.monotonic()
         here.link()
         run = Run(here, experiment)
