@@ -5,6 +5,7 @@ PRESET = quick
 DEVICE = auto
 ONLY =
 BENCH =
+FLOWER_TESTS = tests/test_remote.py tests/test_federate.py tests/test_flower_faults.py
 PYTHON = python3
 
 BIN = .venv/bin
@@ -50,7 +51,7 @@ test: $(READY)
 	@touch $@
 
 test-flower: .venv-flower/.ready
-	$(FLOWER)/pytest -n 0 $(wildcard tests/test_*flower*.py tests/test_remote.py tests/test_federate.py)
+	$(FLOWER)/pytest -n 0 $(FLOWER_TESTS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(BENCH)
