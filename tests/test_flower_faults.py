@@ -95,7 +95,8 @@ def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
 
 
 def test_a_server_that_is_killed_goes_on(tmp_path, monkeypatch):
-    """First the server app, then all of the server's processes; the clients stay."""
+    """First the server app: the nodes stay. Then all of the server's processes: a new SuperLink does not know its
+    predecessor's nodes, they end and are started again, as `fsl-sage-federate client` does."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
     experiment = small("fed_avg", rounds=4)
     with federate.federation(tmp_path, [NODE] * 2) as here:
@@ -111,6 +112,8 @@ def test_a_server_that_is_killed_goes_on(tmp_path, monkeypatch):
         psutil.wait_procs(dying, 30)  # until then the port answers
         killed = time.monotonic()
         here.link()
+        for i in range(2):
+            here.node(i, NODE)
         run = Run(here, experiment)
         print(f"round 3 ended {run.wait_for('round 3:') - killed:.0f} s after the server was killed")
         run.wait_for("stored in ")
