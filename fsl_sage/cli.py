@@ -377,7 +377,7 @@ def launch(
 
     with tempfile.TemporaryDirectory(prefix="fsl-sage-") as folder:
         own = [f"hydra.run.dir='{folder}'", f"hydra.sweep.dir='{folder}'", "hydra.output_subdir=null",
-               "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]  # fmt: skip
+               "hydra/job_logging=none", "hydra/hydra_logging=none"]  # fmt: skip
         if not any(word.startswith(("hydra/launcher", "hydra.launcher.n_jobs")) for word in hydra_words):
             own.append(f"hydra.launcher.n_jobs={default_jobs(device)}")
         before, sys.argv = sys.argv, ["fsl-sage", "--multirun", *words, *own, *hydra_words]

@@ -1,5 +1,6 @@
 """`fsl-sage`: the authors' words, one store with the notebooks, sweeps in processes, and what a user may get wrong."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -152,9 +153,12 @@ def test_resume_false_begins_anew(store):
         assert main([*SMALL, "algorithm=fed_avg", "resume=False"]) == 0
 
 
-def test_a_run_that_fails_does_not_stop_the_others(store, capfd):
+def test_a_run_that_fails_does_not_stop_the_others(store, capfd, caplog):
     words = ["-m", *SMALL, "algorithm=fed_avg", "model.client.optimizer.lr=1e30,1e-3", "hydra.launcher.n_jobs=1"]
+    own = logging.getLogger("somebody's own")  # Hydra is not to silence the program that calls it
     assert main(words) == 1
+    own.warning("still heard")
+    assert caplog.messages == ["still heard"]
     printed = capfd.readouterr()
     assert "1 of 2 runs failed" in printed.out and "diverged" in printed.err
     assert store.find(preset("smoke", "fed_avg", rounds=1)) is not None
