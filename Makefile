@@ -28,11 +28,12 @@ help:
 	@echo 'make clean     remove the environments, caches and executed notebooks; finished runs (runs/) and the gallery stay'
 	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
 
+# Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would compile all it imports.
 $(READY): settings.ini pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python -e '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'
 	@touch $@
 
 figures: $(READY)
@@ -47,7 +48,7 @@ test: $(READY)
 # Flower wants older versions of some packages than JupyterLab and Ray do. One process: the tests start several each.
 .venv-flower/.ready: $(READY)
 	$(PYTHON) -m venv .venv-flower
-	$(BIN)/uv pip install --python $(FLOWER)/python -e '.[distributed]' pytest pytest-xdist hypothesis psutil
+	$(BIN)/uv pip install --compile-bytecode --python $(FLOWER)/python -e '.[distributed]' pytest pytest-xdist hypothesis psutil
 	@touch $@
 
 test-flower: .venv-flower/.ready
