@@ -227,12 +227,13 @@ def measure(algorithm: str, args: argparse.Namespace, device: torch.device, most
 
 
 def many_clients(n: int, args: argparse.Namespace, device: torch.device) -> dict[str, object]:
-    """A row of the other table: a round of `n` clients with 50 samples each, of which a few are on the device."""
+    """A row of the other table: the first round of `n` clients with 50 samples each, of which a few are on the device.
+
+    It also makes the files of those at rest."""
     changes = {"num_clients": n, "model.client.batch_size": 50, "model.width": args.many_width}
     experiment = preset("paper", "sl_single_server", **changes, precision=args.precision)
     with peak_memory(device) as peak, clients_in_flight(args.in_flight):
         state = federation(experiment, 50, device)
-        run_rounds(state, 1)  # the first round makes the files of those at rest
         took = seconds(lambda: run_rounds(state, 1))
     return {
         "clients": n, "in_flight": args.in_flight, "width": args.many_width, "seconds_per_round": round(took, 3),
@@ -315,7 +316,10 @@ def main(argv: list[str] | None = None) -> None:
     print(words, flush=True)
     rows = [measure(name, args, device, most) for name in tqdm(args.only, "algorithms", leave=False)]
     print(table(rows), flush=True)  # at once: the second table takes a while
-    many = [many_clients(n, args, device) for n in tqdm(args.many, "many clients", leave=False)]
+    many = []
+    if args.many:
+        many_clients(args.in_flight, args, device)  # warms up
+        many = [many_clients(n, args, device) for n in tqdm(args.many, "many clients", leave=False)]
     print(table(many) if many else "")
     where = {"device": made["device_name"], "threads": args.threads, "precision": args.precision}
     where |= {"torch": made["torch"], "finished": made["finished"]}
