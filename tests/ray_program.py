@@ -16,13 +16,20 @@ from fsl_sage.reproduce import machines
 from fsl_sage.runs import RunStore, train_missing
 
 
+def command(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
 def lose_a_worker(cluster, nodes, store, lost):
     """Once a run is stored, kill a node that is at work, as a power failure would."""
     while not lost:
         time.sleep(0.05)
         for node in nodes if list(store.glob("*/provenance.json")) else ():
             raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            if any("PoolActor" in " ".join(child.cmdline()) for child in raylet.children(recursive=True)):
+            if any("PoolActor" in command(child) for child in raylet.children(recursive=True)):
                 lost.append(sorted(path.stem for path in (store / "locks").glob("*.lock")))  # what was being trained
                 cluster.remove_node(node, allow_graceful=False)
                 return

@@ -348,13 +348,18 @@ def test_who_does_not_say_which_client_it_is_is_nobody(record):
 
 
 class OverHttp(Clients):
-    """Each client is a web server behind a proxy; who does not answer within `seconds` has not answered."""
+    """Each client is a web server behind a proxy; who does not answer within `seconds` has not answered.
+
+    Clients are threads, and go on when the server has given them up; but only one thread computes at a time, the
+    server's too: cutting a network (torch.fx) changes all modules of the process for a moment, and initial models are
+    drawn from a stream that threads share."""
 
     def __init__(self, experiment, folder, seconds, modes):
         super().__init__(experiment, folder)
         self.seconds, self.modes, self.lock = seconds, modes, threading.Lock()
 
     def __enter__(self):
+        self.lock.acquire()  # the server computes whenever it does not ask
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), self._handler(i)) for i in range(len(self.data))]
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -362,6 +367,7 @@ class OverHttp(Clients):
         return self
 
     def __exit__(self, *_):
+        self.lock.release()
         for proxy, server in zip(self.proxies, self.servers, strict=True):
             proxy.mode = "pass"
             proxy.__exit__()
@@ -373,7 +379,7 @@ class OverHttp(Clients):
             def do_POST(handler):
                 told = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
                 question = Question(**{name: opened(value) for name, value in told.items()})
-                with self.lock:  # initial models are drawn from a stream that threads share
+                with self.lock:
                     text = json.dumps([up.hex() for up in self.answer(i, question)]).encode()
                 handler.send_response(200)
                 handler.send_header("Content-Length", str(len(text)))
@@ -402,8 +408,12 @@ class OverHttp(Clients):
             return MessageError(f"no answer ({type(error).__name__})")
 
     def __call__(self, questions):
-        with ThreadPoolExecutor() as pool:
-            return dict(zip(questions, pool.map(self._ask, questions, questions.values()), strict=True))
+        self.lock.release()
+        try:
+            with ThreadPoolExecutor() as pool:
+                return dict(zip(questions, pool.map(self._ask, questions, questions.values()), strict=True))
+        finally:
+            self.lock.acquire()
 
 
 def test_a_network_that_delays_stalls_and_resets(tmp_path):

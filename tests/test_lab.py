@@ -21,7 +21,8 @@ START_SECONDS, RUN_SECONDS, REDRAW_SECONDS = 180, 900, 120  # on two slow cores,
 NOTEBOOK = "jupyterapp.shell.currentWidget.content"
 ALL_CELLS = f"{NOTEBOOK}.model.sharedModel.cells"
 CELLS = f"{ALL_CELLS}.filter((cell) => cell.cell_type === 'code')"
-IDLE = "globalThis.jupyterapp?.shell.currentWidget?.context?.sessionContext?.session?.kernel?.status === 'idle'"
+CONTEXT = "globalThis.jupyterapp?.shell.currentWidget?.context"
+IDLE = f"{CONTEXT}?.sessionContext?.session?.kernel?.status === 'idle'"
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +90,9 @@ def opened(browser, lab):
         window = browser.new_page(viewport={"width": 1280, "height": 1000})
         windows.append(window)
         window.goto(lab(path))
-        window.wait_for_function(IDLE, timeout=1000 * START_SECONDS)
+        # JupyterLab may show first what was open the last time, and a notebook before its kernel has answered.
+        ready = f"{CONTEXT}?.path === '{path}' && {CONTEXT}.isReady && {CONTEXT}.sessionContext.isReady && {IDLE}"
+        window.wait_for_function(ready, timeout=1000 * START_SECONDS)
         window.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
         ran = f"{IDLE} && {CELLS}.every((cell) => cell.execution_count || !cell.source.trim())"
         failed = f"{CELLS}.some((cell) => cell.outputs.some((output) => output.output_type === 'error'))"

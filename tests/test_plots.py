@@ -147,7 +147,7 @@ BLINDNESS = {
 
 def seen(color, matrix):
     """The colour in CIELAB, as the eye described by `matrix` sees it."""
-    rgb = np.asarray(color[:3])
+    rgb = np.asarray(to_rgb(color))
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     x, y, z = to_xyz @ np.clip(matrix @ linear, 0, 1) / np.array([0.9505, 1, 1.089])
