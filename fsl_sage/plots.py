@@ -117,6 +117,7 @@ def level(
 ) -> None:
     "A horizontal line: what a method without communication reaches."
     ax.axhline(value, label=label, color=STYLES[label]["color"], linestyle=STYLES[label]["linestyle"], linewidth=1)
+    ax.autoscale_view(scalex=False)  # a line within the margin would lie on the axis
 
 
 def legend_below(
