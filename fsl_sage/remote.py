@@ -30,7 +30,7 @@ from .federation import Algorithm, LocalData, Metrics, State, asked_clients, onl
 from .ledger import Ledger, Link, framing_bytes
 from .split import Part
 from fsl_sage.training import (
-    ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, first_bad_loss, is_due, is_spent, round_row,
+    ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, is_due, is_spent, round_row, trouble,
 )  # fmt: skip
 
 # %% ../nbs/19_remote.ipynb #42859e6a
@@ -473,7 +473,8 @@ def serve_round(
     metrics, due = play(state, rnd, clients, ledger, algorithm), is_due(experiment, ledger, rnd)
     if due:
         fetch_models(state, ledger, algorithm)
-    results, bad = bench.accuracies(state, due), first_bad_loss(metrics, rnd)
+    results = bench.accuracies(state, due)
+    bad = trouble(metrics, results, rnd, due)
     more = bad is None and rnd < experiment.rounds - 1 and not is_spent(experiment, ledger)
     for i in range(len(state.clients)):
         ledger.send(i, {"more.": torch.tensor(more)})

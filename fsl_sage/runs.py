@@ -678,6 +678,7 @@ class RunStore(StoredRuns):
         callbacks: Sequence[Callback] = (),  # told of the rounds that are trained; each process has its own copies
     ) -> list[History]:  # one an experiment, in their order
         "The runs of `experiments`, trained if missing. If some fail, the others are stored; raises the first error."
+        experiments = list(experiments) if isinstance(experiments, Iterator) else experiments  # read more than once
         listed = isinstance(experiments, Iterable) and all(isinstance(run, Experiment) for run in experiments)
         require(listed, "experiments", experiments, "a list of Experiments, such as [preset('smoke')]")
         histories = [self.find(experiment) for experiment in experiments]  # a damaged run is reported first

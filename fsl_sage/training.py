@@ -105,6 +105,8 @@ def first_bad_loss(
 ) -> str | None:  # where the first NaN or infinite loss of the round was, if there is one
     "Find the round's first loss that is not finite."
     losses = metrics.in_order
+    if not losses:
+        return None
     finite = torch.stack([loss.value for loss in losses]).isfinite().tolist()
     if all(finite):
         return None

@@ -30,7 +30,7 @@ from fsl_sage.federation import asked_clients
 from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients
 from fsl_sage.remote import MessageError, decode, encode
 from fsl_sage.runs import RunStore
-from fsl_sage.training import train
+from fsl_sage.training import DivergedError, train
 
 STEPS = {"name": "step", "step_size": 1, "gamma": 0.5}
 THREE = {"num_clients": 3, "rounds": 4, "dataset.max_train": 90, "model.client.optimizer.scheduler": STEPS}
@@ -423,6 +423,15 @@ def test_a_network_that_delays_stalls_and_resets(tmp_path):
         history = ask_clients(experiment, clients, tmp_path / "server")
     assert_simulated(history, {1: [1], 2: [0], 3: [1, 2]})
     assert all(proxy.bytes > 100_000 for proxy in clients.proxies)
+
+
+def test_a_test_loss_that_is_not_finite_ends_the_run_as_it_ends_the_simulation(tmp_path):
+    once = {"num_clients": 1, "rounds": 1, "algorithm.server_update_interval": 100, "model.server.optimizer.lr": 1e30}
+    experiment = small("cse_fsl", **once)
+    with pytest.raises(DivergedError, match=r"test loss is .* after round 0"):
+        train(experiment, "cpu", progress=False)
+    with pytest.raises(DivergedError, match=r"test loss is .* after round 0"):
+        ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server")
 
 
 # ---------------------------------------------------------------------------------------------------- double precision

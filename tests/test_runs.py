@@ -240,6 +240,7 @@ def test_one_that_fails_does_not_stop_the_others_in_other_processes(tmp_path):
         RunStore(tmp_path).get([nowhere, fine], "cpu", progress=False, jobs=2)
     assert "_train_and_put" in "".join(caught.value.__notes__)  # where it was in the other process
     assert RunStore(tmp_path).find(fine)
+    assert len(RunStore(tmp_path).get(run for run in [fine, fine])) == 2  # a generator can be read only once
 
 
 def test_a_run_has_one_thread_however_many_are_trained(tmp_path, monkeypatch, history):
