@@ -16,6 +16,13 @@ from fsl_sage.reproduce import machines
 from fsl_sage.runs import RunStore, train_missing
 
 
+def children(node):
+    try:
+        return psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
+    except psutil.Error:  # one has just ended
+        return []
+
+
 def command(process):
     try:
         return " ".join(process.cmdline())
@@ -28,8 +35,7 @@ def lose_a_worker(cluster, nodes, store, lost):
     while not lost:
         time.sleep(0.05)
         for node in nodes if list(store.glob("*/provenance.json")) else ():
-            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            if any("PoolActor" in command(child) for child in raylet.children(recursive=True)):
+            if any("PoolActor" in command(child) for child in children(node)):
                 lost.append(sorted(path.stem for path in (store / "locks").glob("*.lock")))  # what was being trained
                 cluster.remove_node(node, allow_graceful=False)
                 return
@@ -40,7 +46,7 @@ def main(store: Path, n: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | here)
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     os.environ["RAY_ADDRESS"], lost = cluster.address, []
-    smaller = {"rounds": 8, "dataset.max_train": 300}
+    smaller = {"rounds": 24, "dataset.max_train": 300}
     experiments = [preset("smoke", "sl_single_server", seed=seed, **smaller) for seed in range(n)]
     threading.Thread(target=lose_a_worker, args=(cluster, nodes, store, lost), daemon=True).start()
     with machines("ray", None) as jobs:

@@ -30,13 +30,17 @@ def test_a_sweep_survives_the_loss_of_a_node(tmp_path):
             pytest.skip("no network of its own for Ray (unshare -rn, ip)")
     except FileNotFoundError as missing:
         pytest.skip(f"no network of its own for Ray ({missing.filename})")
-    program = [sys.executable, str(ROOT / "tests" / "ray_program.py"), str(tmp_path), "8"]
-    done = in_a_process([*ALONE, *program], RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["jobs"] == 2 and not result["failed"] and result["found"] == [True] * 8
-    assert result["lost"], "no node was lost while it worked"
-    assert len(read_all(tmp_path)) == 8 and all(run.history for run in read_all(tmp_path))
+    for attempt in range(3):  # the sweep may be over before a node is lost: then it has shown nothing, and begins again
+        store = tmp_path / str(attempt)
+        program = [sys.executable, str(ROOT / "tests" / "ray_program.py"), str(store), "8"]
+        done = in_a_process([*ALONE, *program], RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["jobs"] == 2 and not result["failed"] and result["found"] == [True] * 8
+        assert len(read_all(store)) == 8 and all(run.history for run in read_all(store))
+        if result["lost"]:
+            return
+    raise AssertionError(f"no node was lost while it worked: {done.stderr[-3000:]}")
 
 
 @pytest.mark.slow
