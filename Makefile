@@ -13,7 +13,7 @@ READY = .venv/.ready
 FLOWER = .venv-flower/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test test-flower bench lab docs clean
+.PHONY: help figures test test-flower attack bench lab docs clean
 
 help:
 	@echo 'make figures   regenerate the figures into figures/gallery'
@@ -21,6 +21,7 @@ help:
 	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)'
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
 	@echo 'make test-flower   the tests with real clients and a real server, in an environment of their own (.venv-flower)'
+	@echo 'make attack    try the attacks that are tests, and count those survived: the table of docs/security.md'
 	@echo 'make bench     time every round against bare compute; table and picture into benchmarks/results/'
 	@echo '               DEVICE=auto   BENCH="--precision bf16 --threads 2" (benchmarks/bench.py --help lists all)'
 	@echo 'make docs      the documentation as a site: _docs/index.html, to open as a file; nothing is fetched'
@@ -53,6 +54,12 @@ test: $(READY)
 
 test-flower: .venv-flower/.ready
 	$(FLOWER)/pytest -n 0 $(FLOWER_TESTS)
+
+# Attacks on processes need Flower's environment, the others what only the first has (a browser). Reports, then their table.
+attack: .venv-flower/.ready
+	-$(BIN)/pytest -m attack $(FLOWER_TESTS:%=--ignore=%) --junitxml=_proc/attacks.xml
+	-$(FLOWER)/pytest -n 0 -m attack $(FLOWER_TESTS) --junitxml=_proc/attacks-flower.xml
+	$(BIN)/python tests/attacks.py _proc/attacks.xml _proc/attacks-flower.xml
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(BENCH)

@@ -6,10 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from attacks import AREAS
 
 from fsl_sage import training
 
 TRACES = sorted((Path(__file__).parent / "traces").glob("*.json"))
+
+
+def pytest_collection_modifyitems(items):
+    """An attack's area stands beside its outcome in the report of --junitxml, from which `attacks.py` counts."""
+    for item in items:
+        for mark in item.iter_markers("attack"):
+            (area,) = mark.args
+            if area not in AREAS:
+                raise pytest.UsageError(f"{item.nodeid}: attack({area!r}): must be one of {', '.join(AREAS)}")
+            item.user_properties.append(("attack", area))
 
 
 @pytest.fixture(autouse=True, scope="session")
