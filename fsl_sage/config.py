@@ -17,8 +17,12 @@ import math
 import types
 import typing
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import PurePath
 from typing import Any
+
+import numpy as np
 
 from .auxiliary import AUXILIARIES, FIRST_LAYERS
 from .core import one_of, require
@@ -26,29 +30,76 @@ from .data import DISTRIBUTIONS
 from .split import LOSSES, MODELS
 
 # %% ../nbs/05_config.ipynb #8eb5a866
+def _number(kind: type, value: Any, path: str) -> Any:
+    "`value` as an `int`, a `float` or a `bool`."
+    whole = isinstance(value, int) and not isinstance(value, bool)  # a bool is an int to Python, not to us
+    require(not whole or abs(value) < 2**63, path, value, "at most 2**63 - 1")
+    if kind is float and whole:
+        return float(value)
+    require(isinstance(value, kind) and (whole or kind is not int), path, value, f"of type {kind.__name__}")
+    return value
+
+# %% ../nbs/05_config.ipynb #ca10a171
+def _of_fields(kind: type, value: Any, path: str) -> Any:
+    "`value`, a table or already one, as the dataclass `kind`."
+    if isinstance(value, kind):
+        return value
+    require(isinstance(value, dict), path, value, "a table of fields")
+    hints, prefix = typing.get_type_hints(kind), f"{path}." if path else ""
+    for name in value:
+        one_of(f"{path} field" if path else "field", name, hints)
+    entries = {name: _build(hints[name], entry, prefix + name) for name, entry in value.items()}
+    try:
+        return kind(**entries)
+    except ValueError as error:
+        own = prefix.split(".")[-2] + "." if path else ""
+        if not own or not str(error).startswith(own):
+            raise
+        raise ValueError(prefix + str(error).removeprefix(own)) from error
+
+# %% ../nbs/05_config.ipynb #be79c946
+def _of_parts(
+    kind: Any,  # int | None, Literal["a", "b"], list[int], tuple[int, ...], tuple[float, float], dict[str, int], …
+    value: Any,
+    path: str,
+) -> Any:
+    "`value` as a type that consists of others."
+    origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind) or (Any, Any)
+    if origin is typing.Literal:
+        return value if value in parts else one_of(path, value, map(str, parts))
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in parts:
+            return None
+        parts = [part for part in parts if part is not type(None)]
+        for part in parts[:-1]:
+            with suppress(ValueError):
+                return _build(part, value, path)
+        return _build(parts[-1], value, path)
+    if origin is dict:
+        require(isinstance(value, dict), path, value, "a table")
+        return {_build(parts[0], key, path): _build(parts[1], entry, f"{path}.{key}") for key, entry in value.items()}
+    require(isinstance(value, list | tuple), path, value, "a list")
+    each = parts if origin is tuple and kind is not tuple and Ellipsis not in parts else parts[:1] * len(value)
+    require(len(value) == len(each), path, value, f"a list of {len(each)}")
+    return origin(_build(part, entry, path) for part, entry in zip(each, value, strict=True))
+
+# %% ../nbs/05_config.ipynb #58ff9ab5
 def _build(kind: Any, value: Any, path: str) -> Any:
     "`value` as a `kind`, or a `ValueError` that names `path`."
-    if isinstance(kind, types.UnionType):
-        options = typing.get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        return _build(next(option for option in options if option is not type(None)), value, path)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if kind in (int, float, bool):
+        return _number(kind, value, path)
     if is_dataclass(kind):
-        if isinstance(value, kind):
-            return value
-        require(isinstance(value, dict), path, value, "a table of fields")
-        hints = typing.get_type_hints(kind)
-        for name in value:
-            one_of(f"{path} field" if path else "field", name, hints)
-        prefix = f"{path}." if path else ""
-        return kind(**{name: _build(hints[name], entry, prefix + name) for name, entry in value.items()})
-    if typing.get_origin(kind) in (tuple, list):
-        require(isinstance(value, list | tuple), path, value, "a list")
-        return typing.get_origin(kind)(_build(typing.get_args(kind)[0], entry, path) for entry in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    ok = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)  # a bool is an int to Python, not to us
-    require(ok, path, value, f"of type {kind.__name__}")
+        return _of_fields(kind, value, path)
+    if typing.get_origin(kind) or kind in (list, tuple, dict):
+        return _of_parts(kind, value, path)
+    if kind is Any:
+        return value
+    require(isinstance(kind, type), path, value, f"left as it is: {kind} is a type whose values cannot be checked")
+    if issubclass(kind, PurePath) and isinstance(value, str):
+        return kind(value)
+    require(isinstance(value, kind), path, value, f"of type {kind.__name__}")
     return value
 
 
@@ -402,10 +453,11 @@ def _settle(experiment: Experiment) -> None:
     require(experiment.eval_every >= 1, "eval_every", experiment.eval_every, "at least 1 round")
     budget = experiment.comm_threshold_mb
     require(budget is None or budget > 0, "comm_threshold_mb", budget, "greater than 0 MiB, or None")
-    for name in SEEDS:
-        if getattr(experiment, name) is None:
-            object.__setattr__(experiment, name, experiment.seed)  # one experiment, one description
-        require(getattr(experiment, name) >= 0, name, getattr(experiment, name), "a whole number, 0 or more")
+    given = {name: getattr(experiment, name) for name in SEEDS}
+    object.__setattr__(experiment, "_given", given)
+    for name, value in {"seed": experiment.seed, **given}.items():
+        require(value is None or value >= 0, name, value, "a whole number, 0 or more")
+        object.__setattr__(experiment, name, experiment.seed if value is None else value)  # one description
     _settle_participation(experiment)
     _settle_parts(experiment)
 
@@ -449,24 +501,33 @@ def _dataclass_in(hint: Any) -> type | None:
     return next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
 
 
+def _put(
+    tree: dict[str, Any],  # plain values, changed in place
+    kind: type,  # the dataclass that they describe
+    path: str,  # dotted name
+    value: object,  # a table changes the fields that it names
+    above: str = "",  # dotted names above the tree
+) -> None:
+    "Write `value` at `path`. `ValueError` if there is no such field."
+    name, _, rest = path.partition(".")
+    below = _dataclass_in(typing.get_type_hints(kind)[one_of(above + path, name, tree)])
+    require(not rest or below is not None, above + path, value, f"left out: {name!r} has no fields")
+    if below and (rest or isinstance(value, dict)):
+        if tree[name] is None:  # no schedule, no clock: then the default one, changed
+            tree[name] = asdict(below())
+        for field, entry in ({rest: value} if rest else value).items():
+            _put(tree[name], below, field, entry, f"{above}{name}.")
+    else:
+        tree[name] = asdict(value) if is_dataclass(value) else value
+
+
 def _changed(experiment: Experiment, changes: dict[str, object]) -> Experiment:
-    "`experiment` with `changes` by dotted name."
-    tree = experiment.to_dict(whole=True)
-    for name in SEEDS:
-        if "seed" in changes and tree[name] == experiment.seed:
-            tree[name] = None  # it was not given: it follows `seed`
+    "`experiment` with `changes` by dotted name: a branch before its fields."
+    tree = experiment.to_dict(whole=True) | experiment._given
     tree.pop("plugins")  # they follow from the parts
-    for path, value in changes.items():
-        *branch, leaf = path.split(".")
-        node, kind = tree, Experiment
-        for name in branch:
-            kind = _dataclass_in(typing.get_type_hints(kind)[one_of(path, name, node)])
-            require(kind is not None, path, value, f"left out: {name!r} has no fields")
-            if node[name] is None:  # no schedule, no clock: then the default one, changed
-                node[name] = asdict(kind())
-            node = node[name]
-        node[one_of(path, leaf, node)] = asdict(value) if is_dataclass(value) else value
-    return from_dict(tree)
+    for path, value in sorted(changes.items(), key=lambda change: change[0].count(".")):
+        _put(tree, Experiment, path, value)
+    return _build(Experiment, tree, "")
 
 # %% ../nbs/05_config.ipynb #18c2e974
 class MissingPluginError(ValueError):
@@ -483,6 +544,9 @@ def from_dict(
     missing = [str(name) for name in wanted or () if name not in PLUGGED.values()]
     if missing:
         raise MissingPluginError(f"plug-ins {', '.join(missing)} are needed as they were: load_plugins([their files])")
+    if isinstance(tree, dict):
+        seed = tree.get("seed", Experiment.seed)
+        tree = {name: None if name in SEEDS and value == seed else value for name, value in tree.items()}
     built = _build(Experiment, tree, "")
     require(wanted is None or list(built.plugins) == list(wanted), "plugins", wanted, f"{list(built.plugins)}")
     return built
@@ -535,17 +599,23 @@ def preset(
         prescribed |= SHORT_ALIGNMENT.get(name, {})
     if algorithm == "centralised":
         prescribed |= {"num_clients": 1}
-    return Experiment().replace(**(prescribed | changes))
+    return Experiment().replace(**prescribed).replace(**changes)
 
 # %% ../nbs/05_config.ipynb #d51a798e
 def check_parameters(
     namespace: dict[str, Any],  # the notebook's globals()
 ) -> None:
-    "`ValueError` if papermill injected a parameter that the notebook does not annotate, or of another type."
+    """Give the notebook's parameters their annotated types.
+
+    `ValueError` if papermill injected one that the notebook does not annotate, one of another type, or no preset."""
     known = namespace["__annotations__"]
     for cell in namespace.get("In", ()):
         if cell.startswith("# Parameters"):  # papermill's mark on the cell it injects
             for node in ast.parse(cell).body:
                 one_of("parameter", node.targets[0].id, known)
     for name, kind in known.items():
-        _build(kind, namespace[name], name)
+        if name in namespace:
+            kind = eval(kind, namespace) if isinstance(kind, str) else kind
+            namespace[name] = _build(kind, namespace[name], name)
+    if "preset" in known:
+        one_of("preset", namespace["preset"], PRESETS)

@@ -301,8 +301,9 @@ def _arrive(tree: dict[str, Any], homes: list[str]) -> Experiment:
     return from_dict(tree)
 
 
-def _travel(experiment: Experiment) -> tuple[Callable[..., Experiment], tuple[dict[str, Any], list[str]]]:
-    return _arrive, (experiment.to_dict(), [FILES[tag] for tag in experiment.plugins if tag in FILES])
+def _travel(experiment: Experiment) -> tuple[Callable[..., Experiment], tuple[Any, ...], dict[str, Any]]:
+    homes = [FILES[tag] for tag in experiment.plugins if tag in FILES]
+    return _arrive, (experiment.to_dict(), homes), {"_given": experiment._given}
 
 
 copyreg.pickle(Experiment, _travel)

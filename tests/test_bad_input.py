@@ -1,16 +1,20 @@
 """What a user may get wrong: each is answered by an error that names the field, the value and the way out."""
 
+import copy
 import errno
 import os
+import pickle
 from pathlib import Path
+from typing import Literal, Union
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from fsl_sage.auxiliary import AlignmentBuffer, align, auxiliary_for, auxiliary_model
 from fsl_sage.claims import published
-from fsl_sage.config import DatasetConfig, Experiment, from_dict, preset
+from fsl_sage.config import ClientConfig, ClockConfig, DatasetConfig, Experiment, check_parameters, from_dict, preset
 from fsl_sage.core import choose_device, generator, tensor_bytes, weighted_average
 from fsl_sage.data import load, partition
 from fsl_sage.explore import explore
@@ -57,6 +61,85 @@ def test_configuration(changes, says):
     with pytest.raises(ValueError) as error:
         Experiment().replace(**changes)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        ({"seed": -1}, "seed=-1: must be a whole number, 0 or more"),
+        ({"seed": 2**64}, "seed=18446744073709551616: must be at most 2**63 - 1"),
+        ({"seed": 3, "partition_seed": -1}, "partition_seed=-1: must be"),
+        ({"rounds": 2**63}, "rounds=9223372036854775808: must be at most 2**63 - 1"),
+        ({"dataset.alpha": 10**400}, "dataset.alpha=1000"),
+        ({"model.client.optimizer.lr": -1.0}, "model.client.optimizer.lr=-1.0: must be greater than 0"),
+        ({"model.server.optimizer.lr": -1.0}, "model.server.optimizer.lr=-1.0"),
+        ({"model.auxiliary.optimizer.momentum": -1.0}, "model.auxiliary.optimizer.momentum=-1.0"),
+        ({"model.server.optimizer.scheduler.gamma": 0.0}, "model.server.optimizer.scheduler.gamma=0.0"),
+        ({"model.client": {"batchsize": 3}}, "model.client.batchsize='batchsize': must be one of epoch, batch_size"),
+        ({"model.client": {"optimizer": {"lr": {"x": 3}}}}, "model.client.optimizer.lr={'x': 3}"),
+    ],
+)
+def test_the_message_begins_with_the_field_as_it_was_given(changes, begins):
+    with pytest.raises(ValueError) as error:
+        Experiment().replace(**changes)
+    assert str(error.value).startswith(begins)
+    Experiment().replace(seed=2**63 - 1)  # which the tables of the store can hold
+
+
+def test_numbers_of_numpy_and_pandas_are_numbers():
+    table = pd.DataFrame({"num_clients": [3, 4], "alpha": [1.5, 2.5], "warm_start": [True, False]})
+    row, distribution = table.iloc[0], {"dataset.distribution": "noniid_dirichlet"}
+    changes = {"dataset.alpha": np.float32(1.5), "algorithm.warm_start": np.bool_(True), **distribution}
+    plain = Experiment(num_clients=3).replace(**{**distribution, "dataset.alpha": 1.5, "algorithm.warm_start": True})
+    for kind in (np.int64, np.int32, np.uint8):
+        assert Experiment(num_clients=kind(3)).replace(**changes).hash == plain.hash
+    changes |= {"dataset.alpha": row.alpha, "algorithm.warm_start": table.warm_start[0]}
+    assert Experiment(num_clients=table.num_clients.iloc[0]).replace(**changes).hash == plain.hash
+    with pytest.raises(ValueError, match=r"rounds=2\.5: must be of type int"):
+        Experiment(rounds=np.float64(2.5))
+
+
+def test_a_seed_that_was_given_stays():
+    given = preset("smoke", "fed_avg", seed=7, init_seed=7)
+    assert given == preset("smoke", "fed_avg", seed=7) and given.hash == preset("smoke", "fed_avg", seed=7).hash
+    for experiment in (given, given.replace(rounds=5), copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        changed = experiment.replace(seed=8)
+        assert (changed.init_seed, changed.partition_seed, changed.seed) == (7, 8, 8)
+    assert from_dict(preset("smoke", seed=7).to_dict()).replace(seed=8) == preset("smoke", seed=8)
+
+
+def test_a_table_changes_the_fields_that_it_names():
+    table = preset("smoke", "sglr", **{"model.client": {"epoch": 2, "optimizer": {"lr": 0.5}}})
+    assert table == preset("smoke", "sglr", **{"model.client.epoch": 2, "model.client.optimizer.lr": 0.5})
+    assert table.model.client.batch_size == 16 and table.model.client.optimizer.scheduler.name == "fraction"
+    clocked = preset("smoke", clock={"deadline": 60})
+    assert clocked == preset("smoke", clock=ClockConfig(deadline=60.0)) and preset("smoke", clock={}).clock
+    whole = {"model.client.batch_size": 4, "model.client": ClientConfig(epoch=3)}  # a dataclass is all fields, first
+    client = preset("smoke", **whole).model.client
+    assert (client.batch_size, client.epoch) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "injected", "value"),
+    [
+        (Literal["a", "b"], "b", "b"),
+        (int | None, 3, 3),
+        (Union[int, None], None, None),  # noqa: UP007
+        (Path, "a/b", Path("a/b")),
+        (tuple[int, ...], [1, 2, 3], (1, 2, 3)),
+        (tuple[str, float], ["a", 1], ("a", 1.0)),
+        (dict[str, int], {"a": 3}, {"a": 3}),
+        (list, [1], [1]),
+        ("list[float]", [1], [1.0]),
+    ],
+    ids=str,
+)
+def test_parameters_of_a_notebook_of_any_type(kind, injected, value):
+    namespace = {"__annotations__": {"x": kind, "unset": int}, "x": injected}
+    check_parameters(namespace)
+    assert namespace["x"] == value and type(namespace["x"]) is type(value)
+    with pytest.raises(ValueError, match=r"^x="):
+        check_parameters({"__annotations__": {"x": kind}, "x": object()})
 
 
 @pytest.mark.parametrize(
