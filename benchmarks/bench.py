@@ -60,12 +60,20 @@ def federation(experiment: Experiment, samples: int, device: torch.device) -> St
     return ALGORITHMS[experiment.algorithm.name].init(experiment, data, Ledger())
 
 
+def wait_for(part: Part) -> None:
+    """Wait until the part's device has computed all that it was given: a loss is known before the steps after it."""
+    device = next(part.model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def run_rounds(state: State, rounds: int = ROUNDS) -> None:
     """What is measured: rounds as `train` runs them, with their ledger and metrics."""
     with arithmetic(state.experiment.precision):
         for rnd in range(rounds):
             metrics: Metrics = ALGORITHMS[state.experiment.algorithm.name].run_round(state, rnd, Ledger())
-            float(metrics.losses[-1].value)  # until the device is ready
+            float(metrics.losses[-1].value)  # the round's one wait, as in `train`
+    wait_for(state.clients[0])
 
 
 # ------------------------------------------------------------------------------------------------------- yardstick
@@ -101,8 +109,7 @@ def bare_compute(state: State, batches: list[list[list[tuple]]], descend: Descen
                         descend(F.cross_entropy(server(client(x)), y), None, client, server)
             else:
                 auxiliary_round(state, rnd, clients, descend)
-        if next(state.clients[0].model.parameters()).is_cuda:
-            torch.cuda.synchronize()
+        wait_for(state.clients[0])
 
 
 def joint_round(state: State, clients: list[list[tuple]], descend: Descend) -> None:
