@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'figure_notebooks', 'parameters_for', 'plan', 'this_python_as_kernel', 'Figure', 'execute', 'store_of',
-           'kernel_environment', 'planned', 'machines', 'train_planned', 'execute_all', 'summary', 'reproduce', 'main']
+           'kernel_environment', 'planned', 'machines', 'train_planned', 'draw_only', 'execute_all', 'summary',
+           'reproduce', 'main']
 
 # %% ../nbs/18_reproduce.ipynb #42e703a8
 import argparse
@@ -169,9 +170,10 @@ def planned(
     notebooks: Sequence[Path],
     parameters: Mapping[str, Any],  # passed to each
     seeds: Sequence[int],  # passed to those that have the parameter; empty: their own
+    train: bool = True,  # False: passed to those that have the parameter, and then draw the runs that are there
 ) -> list[Figure]:
     "The figures with their runs. `ValueError` if one lacks a parameter."
-    optional = {"seeds": list(seeds)} if seeds else {}
+    optional = ({"seeds": list(seeds)} if seeds else {}) | ({} if train else {"train": False})
     figures = [Figure(path, parameters_for(path, parameters, optional)) for path in notebooks]
     for figure in figures:
         if seeds and "seeds" not in figure.parameters:
@@ -233,6 +235,23 @@ def train_planned(
         print(f"training ended early, {type(error).__name__}: {error}", file=sys.stderr)
         return {}
 
+# %% ../nbs/18_reproduce.ipynb #67e3f0f2
+def draw_only(
+    figures: Sequence[Figure],  # `wrong` is set for those that cannot be drawn
+    store: RunStore,
+) -> None:
+    "Find out which figures can be drawn from the stored runs, and what is missing."
+    for figure in figures:
+        asked = list(dict.fromkeys(figure.experiments))
+        there = store.stored(asked)
+        missing = [f"{label(run)} seed {run.seed} ({run.hash})" for run in asked if run not in there]
+        if missing:
+            more = f" and {len(missing) - 5} more" * (len(missing) > 5)
+            figure.remarks.append(f"{len(missing)} of {len(asked)} runs missing: {', '.join(missing[:5])}{more}")
+        unplanned = any(remark.startswith("could not be planned") for remark in figure.remarks)
+        if unplanned or (missing and not ("train" in figure.parameters and there)):
+            figure.wrong = "not drawn, and nothing was trained (--no-train)"
+
 # %% ../nbs/18_reproduce.ipynb #7c54592a
 def execute_all(
     figures: Sequence[Figure],
@@ -255,7 +274,7 @@ def summary(
         result = "ok" if figure.wrong is None else f"FAILED  {figure.wrong}"
         lines.append(f"{figure.seconds:7.1f} s  {figure.notebook.stem:{width}}  {result}")
         lines += [f"{'':11}{remark}" for remark in figure.remarks]
-        lines += [f"{'':11}see {os.path.relpath(figure.executed)}"] if figure.wrong else []
+        lines += [f"{'':11}see {os.path.relpath(figure.executed)}"] if figure.wrong and figure.seconds else []
     for run, error in failed.items():
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         lines.append(f"run {run.hash} ({label(run)}, seed {run.seed}) FAILED  {what}")
@@ -267,17 +286,23 @@ def reproduce(
     notebooks: Sequence[Path],  # in one folder
     parameters: Mapping[str, Any],  # passed to each: preset, device, gallery and what they have besides
     seeds: Sequence[int] = (),  # passed to those that have the parameter; empty: their own
-    jobs: int | None = None,  # runs, then notebooks, at a time; None: one a core on a CPU, else one
+    jobs: int | None = None,  # runs, then notebooks, at a time; None: `runs.default_jobs`
     force: bool = False,  # train again what is stored
     backend: str = "local",  # one of BACKENDS: where the runs are trained
+    train: bool = True,  # False: draw what is stored, and say what is missing
 ) -> bool:  # whether all figures were made
     "Train what figures need, execute their notebooks, print a summary. `ValueError` if one lacks a parameter."
-    figures, store = planned(notebooks, parameters, seeds), store_of(notebooks[0].parent, parameters)
+    figures, store = planned(notebooks, parameters, seeds, train), store_of(notebooks[0].parent, parameters)
     here = jobs or default_jobs(parameters["device"])
-    with machines(backend, here if backend == "local" else jobs) as there:
-        failed = train_planned(figures, store, parameters, there, force)
-    done = {}
-    for figure in execute_all(figures, kernel_environment(store), min(here, len(figures))):
+    failed = {}
+    if train:
+        with machines(backend, here if backend == "local" else jobs) as there:
+            failed = train_planned(figures, store, parameters, there, force)
+    else:
+        draw_only(figures, store)
+    done = {figure.notebook: figure for figure in figures if figure.wrong}
+    to_execute = [figure for figure in figures if not figure.wrong]
+    for figure in execute_all(to_execute, kernel_environment(store), min(here, len(figures))):
         done[figure.notebook] = figure
         print(f"[{len(done)}/{len(figures)}] {figure.notebook.stem}: {figure.wrong or 'ok'}", flush=True)
     print("\n" + summary([done[figure.notebook] for figure in figures], failed))
@@ -301,11 +326,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one; the default), cpu, cuda, cuda:1")
     add("--only", nargs="+", default=[], metavar="NAME", help="only figures whose name is, or contains, one of these")
     add("--seeds", nargs="+", type=int, default=[], metavar="N", help="seeds of the runs, for figures that have some")
-    add("--jobs", type=int, metavar="N", help="runs, then notebooks, at a time (default: a core each on a CPU, else 1)")
+    add("--jobs", type=int, metavar="N", help="runs and notebooks at a time (default: one per core, up to 6 on a GPU)")
     add("--backend", default="local", choices=BACKENDS,
         help="where runs are trained: local (this machine, the default), ray (a cluster; needs fsl_sage[ray])")
     add("--force", action="store_true",
         help="train the figures' runs again; earlier ones are kept in the store's folder replaced/")  # fmt: skip
+    add("--no-train", action="store_true", help="draw the runs that are stored, and say which are missing")
     add("--list", action="store_true", help="list the figures there are, and stop")
     add("--figures", metavar="DIR", help="folder with the figure notebooks (default: figures/ of the checkout)")
     add("--gallery", metavar="DIR",
@@ -346,6 +372,7 @@ def _run(
     if args.list:
         print("\n".join(path.stem for path in notebooks))
         return 0
+    require(not (args.force and args.no_train), "--no-train", "--force", "given without --force, which trains again")
     choose_device(args.device)
     own = folder / ("executed/gallery-smoke" if args.preset == "smoke" else "gallery")
     gallery = Path(args.gallery or own).resolve()
@@ -354,7 +381,7 @@ def _run(
     given |= {name: _value(text) for name, text in args.parameters}
     for name in {"runs_root", "data_root"} & set(given):
         given[name] = given[name] and str(Path(given[name]).expanduser().absolute())
-    made = reproduce(notebooks, given, args.seeds, args.jobs, args.force, args.backend)
+    made = reproduce(notebooks, given, args.seeds, args.jobs, args.force, args.backend, not args.no_train)
     try:
         print(f"all figures and claims on one page: {os.path.relpath(build_report(gallery, folder))}")
     except ValueError as error:  # the pictures are there all the same

@@ -1,0 +1,68 @@
+"""The published settings on small machines: what is drawn without training, and what side by side means on a GPU."""
+
+import nbformat
+import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from fsl_sage import runs
+from fsl_sage.reproduce import main
+from fsl_sage.runs import RunStore
+
+SOURCES = {
+    "parameters": 'preset: str = "smoke"\ndevice: str = "cpu"\ngallery: str = ""\n',
+    "plan": (
+        "from fsl_sage.config import preset as of\n"
+        'tiny = {"rounds": 1, "dataset.max_train": 60, "dataset.max_test": 20, "num_clients": 2}\n'
+        'experiments = [of(preset, name, **tiny) for name in ("fed_avg", "cse_fsl")]'
+    ),
+    "partly": "from fsl_sage.runs import RunStore\nstore = RunStore()\n"
+    "experiments = experiments if train else store.stored(experiments)",
+    "draw": "from pathlib import Path\nfrom fsl_sage.runs import RunStore\n"
+    "store, folder = RunStore(), Path(gallery)\n"
+    '(folder / NAME).write_text(str(len(store.get(experiments, "cpu", progress=False))))',
+}
+
+
+def figure(folder, name, *tags, train):
+    cells = [new_markdown_cell(f"# {name}")]
+    for tag in tags:
+        source = SOURCES[tag].replace("NAME", repr(name))
+        source += "train: bool = True\n" if train and tag == "parameters" else ""
+        cells.append(new_code_cell(source, metadata={"tags": [tag]}))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+
+
+
+@pytest.mark.slow
+def test_without_training_figures_show_the_runs_that_are_there(tmp_path, monkeypatch, capsys):
+    """Nothing is trained; a figure with the parameter `train` shows a part, the other is reported with its lack."""
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "runs"))
+    figures, gallery = tmp_path / "figures", tmp_path / "gallery"
+    figures.mkdir()
+    figure(figures, "all_or_none", "parameters", "plan", "draw", train=False)
+    figure(figures, "partly", "parameters", "plan", "partly", "draw", train=True)
+    namespace = {"preset": "smoke"}
+    exec(SOURCES["plan"], namespace)
+    here, missing = namespace["experiments"]
+    words = ["--no-train", "--preset", "smoke", "--device", "cpu", "--figures", str(figures), "--gallery", str(gallery)]
+
+    assert main(words) == 1  # nothing is stored
+    assert not list(gallery.iterdir()) or not (gallery / "partly").exists()
+    RunStore().get([here], "cpu", progress=False)
+    capsys.readouterr()
+    main(words)
+    said = capsys.readouterr().out
+    assert (gallery / "partly").read_text() == "1" and not (gallery / "all_or_none").exists()
+    assert said.count(f"1 of 2 runs missing: CSE-FSL seed 200 ({missing.hash})") == 2
+    assert not RunStore().folder(missing).exists(), "a run was trained"
+    assert "1 of 2 figures made, 1 failed" in said
+
+
+@pytest.mark.parametrize(("cores", "jobs"), [(1, 1), (4, 2), (16, 6)])
+def test_runs_go_side_by_side_on_a_gpu(cores, jobs, monkeypatch):
+    """One run leaves a GPU idle while the processor prepares its kernels."""
+    monkeypatch.setattr(runs, "choose_device", torch.device)
+    monkeypatch.setattr(runs, "_cores", lambda: cores)
+    assert runs.default_jobs("cuda:0") == jobs and runs.default_jobs("cpu") == cores
