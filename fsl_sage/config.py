@@ -559,6 +559,7 @@ PRESETS = {
     },
     "quick": {"model.width": 16, "model.client.batch_size": 64, "rounds": 25, "comm_threshold_mb": 160.0},
     "paper": {"dataset.name": "cifar10"},
+    "published": {"dataset.name": "cifar10"},
 }  # fmt: skip
 SHORT_ALIGNMENT = {
     "smoke": {"algorithm.align_epochs": 10, "algorithm.align_interval": 2},
@@ -585,10 +586,11 @@ SGLR_PRESETS = {
         "model.client.batch_size": 8, "num_clients": 6, "rounds": 200,
     },
 }  # fmt: skip
+SGLR_PRESETS["published"] = SGLR_PRESETS["paper"] | {"eval_every": 10}
 
 # %% ../nbs/05_config.ipynb #65e68610
 def preset(
-    name: str,  # smoke, quick or paper
+    name: str,  # smoke, quick, paper or published
     algorithm: str = "fsl_sage",  # one of ALGORITHM_FIELDS
     **changes: object,  # fields by dotted name, as for `Experiment.replace`
 ) -> Experiment:
