@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .auxiliary import estimate_cut_grad
 from .config import ClockConfig, Experiment
-from .core import generator, require, tensor_bytes
+from .core import arithmetic, generator, require, tensor_bytes
 from .federation import State, asked_clients
 
 # %% ../nbs/05c_clock.ipynb #75c9bcfb
@@ -93,6 +93,7 @@ def _auxiliary_costs(client: nn.Module, aux: nn.Module, x: Tensor, smashed: Tens
     }  # fmt: skip
 
 # %% ../nbs/05c_clock.ipynb #73955e99
+@arithmetic("fp32")
 def costs_of(
     state: State,  # freshly set up; stays as it is
 ) -> Costs:

@@ -170,7 +170,7 @@ def _fresh_models(
     "The network and, if wanted, its auxiliary model; PyTorch's own stream stays where it is."
     model, shape = experiment.model, data[0].image_shape
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(experiment.init_seed, "init").initial_seed())
+        torch.default_generator.manual_seed(generator(experiment.init_seed, "init").initial_seed())
         split = split_model(model.name, shape[0], data[0].num_classes, shape[1], model.width)
         if auxiliary and model.auxiliary.size == FIRST_LAYERS:
             return split, auxiliary_for(split, torch.zeros(2, *shape), model.auxiliary.budget_mb)

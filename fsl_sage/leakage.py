@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Experiment
-from .core import choose_device, generator, require
+from .core import arithmetic, choose_device, generator, require
 from .data import Images, normalise
 from .training import History, prepare, train_state
 
 # %% ../nbs/14b_leakage.ipynb #5577a1f5
+@arithmetic("fp32")
 def ssim(
     x: Tensor,  # (n, channel, height, width), from 0 to 1, at least 11 × 11
     y: Tensor,  # likewise
@@ -70,6 +71,7 @@ def decoder(
     return nn.Sequential(*layers, nn.Conv2d(width, image_shape[0], 3, padding=1))
 
 # %% ../nbs/14b_leakage.ipynb #3bd39141
+@arithmetic("fp32")
 def train_decoder(
     smashed: Tensor,  # (n, channel, height, width)
     pixels: Tensor,  # (n, channel, height, width), from 0 to 1
@@ -80,7 +82,7 @@ def train_decoder(
 ) -> nn.Sequential:
     "A decoder that has learned to reconstruct `pixels` from `smashed`."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "decoder").initial_seed())
+        torch.default_generator.manual_seed(generator(seed, "decoder").initial_seed())
         model = decoder(smashed.shape[1:], pixels.shape[1:]).to(smashed.device)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     for epoch in range(epochs):
@@ -104,6 +106,7 @@ class Leakage:
     reconstruction: Tensor  # as `image`: the first decoder's answer
 
 
+@arithmetic("fp32")
 @torch.no_grad()
 def smashed_data(
     client: nn.Module,  # left in eval mode
@@ -115,6 +118,7 @@ def smashed_data(
     return torch.cat([client.eval()(normalise(x, mean, std)) for x in images.x.split(500)])
 
 # %% ../nbs/14b_leakage.ipynb #0432c79c
+@arithmetic("fp32")
 def measure_leakage(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …

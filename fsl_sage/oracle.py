@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Experiment, OptimizerConfig, SchedulerConfig
-from .core import one_of
+from .core import arithmetic, one_of
 from .federation import Algorithm, FixedData, State
 from .ledger import Ledger
 from .split import LOSSES
@@ -49,18 +49,19 @@ def formula_data(
     image_size: int,  # height and width, pixels
     batch_size: int,
     seed: int,  # 10 + client, 99 for the test set
+    device: str | torch.device = "cpu",  # where they shall be
 ) -> FixedData:  # x (n, 3, image_size, image_size); y (n,), 0 … 9
     "Random images and labels by formula, in float64."
     x = np.random.RandomState(seed).standard_normal((n, 3, image_size, image_size))
     y = np.random.RandomState(seed + 500).randint(0, 10, n)
-    return FixedData(torch.from_numpy(x), torch.from_numpy(y).long(), batch_size)
+    return FixedData(torch.from_numpy(x).to(device), torch.from_numpy(y).long().to(device), batch_size)
 
 # %% ../nbs/13_oracle.ipynb #5e72dbf5
 def fingerprint(
     tensor: Tensor,
 ) -> list[float]:  # [Σ f_j, Σ f_j², Σ f_j cos(j/10)] over the flattened tensor
     "Three sums that will differ if two tensors do."
-    f = tensor.detach().double().flatten()
+    f = tensor.detach().cpu().double().flatten()
     j = torch.arange(len(f), dtype=torch.double)
     return [f.sum().item(), f.square().sum().item(), (f * torch.cos(0.1 * j)).sum().item()]
 
@@ -124,10 +125,13 @@ def spec_sglr(
     })
 
 # %% ../nbs/13_oracle.ipynb #52f91082
-def _start(spec: dict[str, Any], experiment: Experiment, algorithm: Algorithm, ledger: Ledger) -> State:
+def _start(
+    spec: dict[str, Any], experiment: Experiment, algorithm: Algorithm, ledger: Ledger, device: str | torch.device
+) -> State:
     sizes = spec["sizes"] if "sizes" in spec else [spec["samples_per_client"]] * spec["n_clients"]
     first = spec.get("seed0", 10)
-    data = [formula_data(n, spec["image_size"], spec["batch_size"], seed=first + i) for i, n in enumerate(sizes)]
+    size, batch = spec["image_size"], spec["batch_size"]
+    data = [formula_data(n, size, batch, seed=first + i, device=device) for i, n in enumerate(sizes)]
     ledger.phase = "start"
     state = algorithm.init(experiment, data, ledger)
     for seed, parts in enumerate((state.clients, state.servers, state.auxes), start=1):
@@ -158,15 +162,18 @@ def _show(state: State) -> dict[str, Any]:
     return {"client": client, "server": server, **aux}
 
 # %% ../nbs/13_oracle.ipynb #6dfcf6e4
+@arithmetic("fp32")
 def replay(
     spec: dict[str, Any],  # the settings of a trace, without its `trace`
+    device: str | torch.device = "cpu",  # what it is computed on
 ) -> list[dict[str, Any]]:  # one entry a round, in the form of the trace
     "Run our algorithm on a trace's settings. `ValueError` names a setting that is unknown."
     one_of("algorithm", spec["algorithm"], (*TRACE_ALGORITHMS, "sglr"))
     experiment = spec_sglr(spec) if spec["algorithm"] == "sglr" else spec_experiment(spec)
     algorithm = ALGORITHMS[experiment.algorithm.name]
-    ledger, test, trace = Ledger(), formula_data(30, spec["image_size"], batch_size=10, seed=99), []
-    state = _start(spec, experiment, algorithm, ledger)
+    ledger, trace = Ledger(), []
+    test = formula_data(30, spec["image_size"], batch_size=10, seed=99, device=device)
+    state = _start(spec, experiment, algorithm, ledger, device)
     for rnd in range(experiment.rounds):
         algorithm.run_round(state, rnd, ledger)
         if experiment.algorithm.name == "sglr":

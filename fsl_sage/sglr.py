@@ -271,7 +271,7 @@ def widened(
     "The server for `concat_channels`, its new layers drawn from the initialisation's stream."
     device = next(server.parameters()).device
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(generator(experiment.init_seed, "init", "heads").initial_seed())
+        torch.default_generator.manual_seed(generator(experiment.init_seed, "init", "heads").initial_seed())
         smashed = client.eval()(torch.zeros(1, *data[0].image_shape, device=device))
         client.train()
         return fast_layout(ManyHeads(server, smashed, len(data)).to(device).train())

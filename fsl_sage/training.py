@@ -42,6 +42,7 @@ from .split import LOSSES
 ALGORITHMS = BASELINES | {"fsl_sage": SAGE, "sglr": SGLR}
 
 # %% ../nbs/09_training.ipynb #3a00ac92
+@arithmetic("fp32")
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -156,11 +157,12 @@ def prepare(
 ) -> tuple[Dataset, Images | None]:  # the data set less its validation images; these
     "The experiment's images, on `device`. `ValueError` names `dataset.val_size` if too few would be left."
     config = experiment.dataset
-    dataset = load(config.name, root, device, max_train=config.max_train, max_test=config.max_test)
+    dataset = load(config.name, root, max_train=config.max_train, max_test=config.max_test)
     if config.rgb32:
-        dataset = as_rgb32(dataset)
+        dataset = as_rgb32(dataset)  # on the CPU: a GPU may round a pixel otherwise
     train, validation = hold_out(dataset.train, config.val_size, experiment.partition_seed, experiment.num_clients)
-    return replace(dataset, train=train), validation
+    there = replace(dataset, train=train.to(device), test=dataset.test.to(device))
+    return there, validation and validation.to(device)
 
 
 def client_data(
@@ -268,6 +270,7 @@ def register_of(
     return Register(state.experiment, [len(local) for local in state.data], costs_of(state) if clock else None)
 
 
+@arithmetic("fp32")
 def set_up(
     experiment: Experiment,
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
@@ -433,6 +436,7 @@ def history_of(
     return History(run.state.experiment, *tables, stopped)
 
 # %% ../nbs/09_training.ipynb #04b6a1b1
+@arithmetic("fp32")
 def train_state(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …

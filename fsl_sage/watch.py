@@ -49,6 +49,7 @@ class Look:
         return float(self.est_cut_grad.norm() / self.cut_grad.norm())
 
 # %% ../nbs/15a_watch.ipynb #b0f0a388
+@arithmetic("fp32")
 def look(
     state: State,  # of an algorithm with auxiliary models; stays as it is
     i: int,  # client, from 0
@@ -76,8 +77,9 @@ def watched_rounds(
     warm = experiment.algorithm.warm_start
     require(not warm, "algorithm.warm_start", warm, "false for a run that is watched")
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], ledger or Ledger(phase="start")
-    data = client_data(experiment, prepare(experiment, choose_device(device), root)[0])
-    state = algorithm.init(experiment, data, ledger)
+    with arithmetic("fp32"):
+        data = client_data(experiment, prepare(experiment, choose_device(device), root)[0])
+        state = algorithm.init(experiment, data, ledger)
     yield -1, state
     ledger.phase = "round"
     for rnd in range(experiment.rounds):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fsl_sage import data
+from fsl_sage import core, data
 
 
 @contextmanager
@@ -14,6 +14,7 @@ def double_precision():
     single, before = data.normalise, torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "normalise", lambda *images: single(*images).double())
+        patch.setattr(core, "DTYPE", torch.float64)
         torch.set_default_dtype(torch.float64)
         try:
             yield
