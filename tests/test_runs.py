@@ -1,5 +1,6 @@
 """The store between processes: killed, racing, not allowed to write, pointed elsewhere."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,10 +14,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fsl_sage import runs
+import fsl_sage
+from fsl_sage import runs, runs_cli
 from fsl_sage.config import preset
-from fsl_sage.runs import TABLES, RunStore, StoreError, checkpoint_of
-from fsl_sage.runs_cli import prune
+from fsl_sage.runs import TABLES, RunStore, StoreError, checkpoint_of, tidy
+from fsl_sage.runs_cli import import_runs, list_runs, prune
 from fsl_sage.training import History, train_state
 
 EXPERIMENT = preset("smoke", "fed_avg")
@@ -319,3 +321,245 @@ def test_killed_ten_times_the_history_is_the_same_to_the_byte(algorithm, tmp_pat
     different = [f for f in files if (whole / run.hash / f).read_bytes() != (parts / run.hash / f).read_bytes()]
     assert different == ["provenance.json"]
     assert json.loads((parts / run.hash / "provenance.json").read_text())["resumed"] is True
+
+
+def resealed(path, **changes):
+    "Change fields of a file of a run, as somebody would who knows of its checksum."
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"} | changes
+    path.write_text(json.dumps(fields))
+
+
+def retabled(folder, text, columns):
+    "Put another table of rounds in the place of a run's, with its right checksum."
+    (folder / "rounds.csv").write_text(text)
+    tables = json.loads((folder / "history.json").read_text())["tables"]
+    tables["rounds"] = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "columns": columns}
+    resealed(folder / "history.json", tables=tables)
+
+
+def in_place_of(name, make):
+    "Put something else in the place of a run's file."
+
+    def harm(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return harm
+
+
+DEEP = "[" * 200_000
+HARM = {
+    "provenance is deep": lambda folder: (folder / "provenance.json").write_text(DEEP),
+    "history is deep": lambda folder: (folder / "history.json").write_text(DEEP),
+    "config is deep": lambda folder: (folder / "config.json").write_text(DEEP),
+    "provenance is a list": lambda folder: (folder / "provenance.json").write_text("[1]"),
+    "provenance without a field": lambda folder: (folder / "provenance.json").write_text("{}"),
+    "provenance changed": lambda folder: (folder / "provenance.json").write_text(
+        (folder / "provenance.json").read_text().replace('"threads": ', '"threads": 1')
+    ),
+    "provenance of 2 MB": lambda folder: resealed(folder / "provenance.json", commit="a" * 2**21),
+    "finished is a number": lambda folder: resealed(folder / "provenance.json", finished=5),
+    "finished is null": lambda folder: resealed(folder / "provenance.json", finished=None),
+    "seconds are text": lambda folder: resealed(folder / "provenance.json", wall_seconds="x"),
+    "seconds are a list": lambda folder: resealed(folder / "provenance.json", wall_seconds=[]),
+    "seconds are no float": lambda folder: resealed(folder / "provenance.json", wall_seconds=10**400),
+    "torch is a table": lambda folder: resealed(folder / "provenance.json", torch={"a": 1}),
+    "tables is a number": lambda folder: resealed(folder / "history.json", tables=5),
+    "tables has numbers": lambda folder: resealed(folder / "history.json", tables=[1, "a"]),
+    "tables has texts": lambda folder: resealed(folder / "history.json", tables=dict.fromkeys(TABLES, "x")),
+    "stopped is a number": lambda folder: resealed(folder / "history.json", stopped=5),
+    "stopped is another word": lambda folder: resealed(folder / "history.json", stopped="x"),
+    "columns is a list": lambda folder: retabled(folder, "round\n0\n", [1]),
+    "a type is a number": lambda folder: retabled(folder, "round\n0\n", {"round": 5}),
+    "a type is category": lambda folder: retabled(folder, "test_accuracy\n1\n", {"test_accuracy": "category"}),
+    "accuracy is text": lambda folder: retabled(folder, "test_accuracy\nx\n", {"test_accuracy": "object"}),
+    "a field of 200 kB": lambda folder: retabled(folder, f'round\n"{"x" * 200_000}"\n', {"round": "object"}),
+    "NUL": lambda folder: retabled(folder, "round\n\0\n", {"round": "int64"}),
+    "5000 digits": lambda folder: retabled(folder, f"round\n{'9' * 5000}\n", {"round": "int64"}),
+    "beyond int64": lambda folder: retabled(folder, f"round\n{10**30}\n", {"round": "int64"}),
+    "rounds are infinite": lambda folder: (folder / "config.json").write_text('{"rounds": 1e999}'),
+    "plug-ins are a number": lambda folder: resealed(folder / "config.json", plugins=5),
+    "a data set is a list": lambda folder: resealed(folder / "config.json", dataset=[]),
+    "a field of no use": lambda folder: resealed(folder / "config.json", __class__="os.system"),
+    **{f"a folder for {name}": in_place_of(name, os.mkdir) for name in ("config.json", "history.json", "rounds.csv")},
+    "a folder for the provenance": in_place_of("provenance.json", os.mkdir),
+    "a loop of links": in_place_of("history.json", lambda path: path.symlink_to(path)),
+    "a device": in_place_of("provenance.json", lambda path: path.symlink_to("/dev/zero")),
+    "a pipe for the table": in_place_of("rounds.csv", lambda path: os.mkfifo(path)),
+    "a pipe for the history": in_place_of("history.json", lambda path: os.mkfifo(path)),
+}
+
+
+@posix
+@pytest.mark.attack("store")
+@pytest.mark.parametrize("harm", HARM)
+def test_one_bad_folder_costs_no_other_run(harm, history, tmp_path, capsys):
+    store, other = RunStore(tmp_path / "runs"), EXPERIMENT.replace(seed=7)
+    bad = store.save(history, 1.0, "cpu")
+    store.save(replace(history, experiment=other), 1.0, "cpu")
+    HARM[harm](bad)
+    with pytest.raises(StoreError):
+        store.find(EXPERIMENT)
+    where = "--runs", str(store.root)
+    assert runs_cli.main(["list", *where]) == runs_cli.main(["show", other.hash, *where]) == 0
+    assert runs_cli.main(["export", str(tmp_path / "t.parquet"), *where]) == runs_cli.main(["prune", *where]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "1 cannot be used" in said
+        and f"{bad.name} left out" in said
+        and set(said) <= set(filter(str.isprintable, said)) | {"\n"}
+    )
+    assert set(pd.read_parquet(tmp_path / "t.parquet").hash) == {other.hash}
+    assert runs_cli.main(["prune", "--yes", *where]) == 0
+    assert store.find(other) and (harm == "a loop of links" or not bad.exists())  # what cannot be read stays
+
+
+@pytest.mark.attack("store")
+def test_what_a_run_says_does_not_steer_the_terminal(history, tmp_path, capsys):
+    folder = RunStore(tmp_path).save(history, 1.0, "cpu")
+    evil = "\x1b]0;owned\x07\x1b[31m\u202eRED\nrun 0: fine"
+    resealed(folder / "provenance.json", finished=evil, device_name=evil, **{evil: evil})
+    assert runs_cli.main(["list", "--runs", str(tmp_path)]) == 0
+    assert runs_cli.main(["show", folder.name, "--runs", str(tmp_path)]) == 0
+    resealed(folder / "history.json", format=evil, tables={evil: 1})
+    assert runs_cli.main(["show", folder.name, "--runs", str(tmp_path)]) == 1
+    said = "".join(capsys.readouterr())
+    assert "\\x1b[31m" in said and not {"\x1b", "\x07", "\u202e"} & set(said) and "\nrun 0" not in said
+
+
+@posix
+@pytest.mark.attack("store")
+@pytest.mark.parametrize("name", ["models", "progress", "diverged", "locks"])
+def test_prune_deletes_nothing_behind_a_link(name, tmp_path):
+    thesis, store = tmp_path / "thesis", tmp_path / "runs"
+    for inside in ("chapter1.tex", "0" * 16 + ".safetensors", "0" * 16 + ".lock", f".{'0' * 16}-x", "1" * 16 + "/a"):
+        (thesis / inside).parent.mkdir(parents=True, exist_ok=True)
+        (thesis / inside).write_text("precious")
+    store.mkdir()
+    (store / name).symlink_to(thesis)
+    before = sorted(thesis.rglob("*"))
+    assert f"{name}: stays: a link" in prune(store, yes=True)
+    with runs.run_lock(store, "0" * 16) if name != "locks" else pytest.MonkeyPatch.context():
+        assert sorted(thesis.rglob("*")) == before
+
+
+@posix
+@pytest.mark.attack("store")
+def test_prune_unlinks_links_and_leaves_what_the_store_did_not_make(history, tmp_path):
+    thesis, store, name = tmp_path / "thesis", tmp_path / "runs", "0" * 16
+    thesis.mkdir()
+    (thesis / "chapter1.tex").write_text("precious")
+    for folder in ("models", "progress", "locks"):
+        (store / folder).mkdir(parents=True)
+    links = [
+        store / ("1" * 16),
+        store / f".{name}-x",
+        store / "models" / f"{name}.safetensors",
+        store / "locks" / f"{name}.lock",
+    ]
+    for link in links:
+        link.symlink_to(thesis)
+    strange = [
+        store / "models" / "thesis",
+        store / "progress" / "x.safetensors",
+        store / ".git-x",
+        store / "locks" / "x.lock",
+    ]
+    for path in strange:
+        path.mkdir()
+    (store / "progress" / f"server-{name}.safetensors").touch()
+    (store / "progress" / f".server-{name}-x").mkdir()
+    assert "5 deleted" in prune(store, yes=True)
+    assert not any(link.is_symlink() for link in links) and all(path.is_dir() for path in strange)
+    assert (thesis / "chapter1.tex").read_text() == "precious"
+    RunStore(store).save(history, 1.0, "cpu")
+    server = store / "progress" / f"server-{history.experiment.hash}.safetensors"
+    server.touch()
+    assert "checkpoint of a run that is finished" in prune(store, yes=True) and not server.exists()
+
+
+@posix
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_a_run_is_as_open_to_others_as_the_umask_says(mask, history, tmp_path):
+    before = os.umask(mask)
+    try:
+        folder = RunStore(tmp_path / "runs").save(history, 1.0, "cpu")
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everywhere")
+def test_another_users_file_is_said_and_not_pruned(history, tmp_path):
+    folder = RunStore(tmp_path).save(history, 1.0, "cpu")
+    (folder / "rounds.csv").chmod(0)
+    with pytest.raises(StoreError, match="ask its owner"):
+        RunStore(tmp_path).find(EXPERIMENT)
+    assert "stays" in prune(tmp_path, yes=True) and folder.exists()
+
+
+def test_another_users_file_is_a_store_error(history, tmp_path, monkeypatch):
+    folder = RunStore(tmp_path).save(history, 1.0, "cpu")
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(runs, "_content", denied)
+    with pytest.raises(StoreError, match=r"Permission denied.*ask its owner"):
+        RunStore(tmp_path).find(EXPERIMENT)
+    assert "stays" in prune(tmp_path, yes=True) and folder.exists()
+
+
+def test_a_filter_compares_a_field(history, tmp_path):
+    for seed in (2, 200, 3):
+        own = EXPERIMENT.replace(seed=seed, init_seed=2)
+        RunStore(tmp_path).save(replace(history, experiment=own), 1.0, "cpu")
+    assert "1 of 3 runs" in list_runs(tmp_path, ["seed=2"]) and "3 of 3 runs" in list_runs(tmp_path, ["init_seed=2"])
+    with pytest.raises(ValueError, match="did you mean 'rounds'"):
+        list_runs(tmp_path, ["round=3"])
+
+
+def test_a_run_that_is_given_twice_is_no_repetition(history):
+    other = replace(history, experiment=EXPERIMENT.replace(seed=7))
+    assert len(tidy([history, other, history])) == 2 * len(history.rounds)
+
+
+def test_fields_at_their_defaults_are_shown(history):
+    assert {"participation", "clock", "plugins", "dataset.size_spread"} <= set(runs.flat(EXPERIMENT))
+
+
+def test_a_wheel_inside_a_checkout_is_not_described_by_its_commit(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = fsl_sage\n")
+    installed = tmp_path / ".venv" / "site-packages" / "fsl_sage"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(runs, "_git", lambda *_: "somebody's commit")
+    monkeypatch.setattr(fsl_sage, "__file__", str(installed / "__init__.py"))
+    made_with = runs.provenance("cpu")
+    assert (made_with["commit"], made_with["modified"]) == (None, None)
+    monkeypatch.setattr(fsl_sage, "__file__", str(tmp_path / "fsl_sage" / "__init__.py"))
+    assert runs.provenance("cpu")["commit"] == "somebody's commit"
+
+
+def test_runs_that_come_home(history, tmp_path, capsys):
+    home, away = RunStore(tmp_path / "home"), RunStore(tmp_path / "away")
+    others = [replace(history, experiment=EXPERIMENT.replace(seed=seed)) for seed in (1, 2, 3)]
+    for one in (history, *others):
+        resealed(away.save(one, 1.0, "cpu") / "provenance.json", commit=None, modified=None)
+    first, broken = home.save(history, 2.0, "cpu"), away.folder(others[2].experiment)
+    (broken / "rounds.csv").write_text("round\n")
+    before, sha = (first / "provenance.json").read_bytes(), "0123456789abcdef" * 2 + "01234567"
+    words = ["import", str(away.root), "--commit", sha, "--runs", str(home.root)]
+    assert runs_cli.main(words) == 1  # one of them is broken
+    assert (
+        "is damaged" in capsys.readouterr().err and broken.exists() and not home.folder(others[2].experiment).exists()
+    )
+    assert (first / "provenance.json").read_bytes() == before and away.folder(EXPERIMENT).exists()
+    for one in others[:2]:
+        assert_same(home.find(one.experiment), one)
+        assert home.made_with(one.experiment)["commit"] == sha and not away.folder(one.experiment).exists()
+    (single := home.folder(others[0].experiment)).rename(tmp_path / single.name)
+    assert "taken in" in import_runs(home.root, tmp_path / single.name)
+    assert home.made_with(others[0].experiment)["commit"] == sha
+    with pytest.raises(ValueError, match="40 hexadecimal digits"):
+        import_runs(home.root, away.root, "main")
