@@ -148,6 +148,7 @@ def claims() -> str:
         for claim in claims.to_dict("records"):
             order = claim["kind"] == "order"
             statement = claim["statement"] or f"{claim['metric'].replace('_', ' ')} at `{claim['setting']}`"
+            statement += f" ({claim['variant']})" if claim["variant"] else ""
             value = "" if order else f"{number(claim['value'])} {claim['unit']}"
             ours = "" if order else measured(claim["ours"], claim["deviation"], claim["n"])
             verdict = f"**{claim['verdict']}**" + (f": {claim['note']}" if claim["note"] else "")

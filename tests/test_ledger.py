@@ -1,0 +1,47 @@
+"""The ledger of claims, from the gallery that is committed: no number from another experiment."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fsl_sage.claims import COUNTED, KEY, OWNERS, VERSUS, gather, values_of
+
+GALLERY = Path(__file__).parent.parent / "figures" / "gallery"
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("gallery")
+    for path in (*GALLERY.glob(f"*{VERSUS}"), *GALLERY.glob("*.json")):
+        (copy / path.name).write_bytes(path.read_bytes())
+    return gather(copy)
+
+
+def test_fed_avg_in_the_ledger_is_the_headline_figures(ledger):
+    summary = pd.read_csv(GALLERY / "sage_accuracy_vs_communication_summary.csv")
+    ours = ledger[(ledger.metric == "test_accuracy_at_200_GiB") & (ledger.variant == "") & (ledger.kind == "number")]
+    for label, name in {"FedAvg": "fed_avg", "FSL-SAGE": "fsl_sage", "CSE-FSL": "cse_fsl"}.items():
+        expected = summary[summary.label == label].final_accuracy.mean()
+        assert ours[ours.setting == f"algorithm={name}"].ours.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_number_has_one_place_and_one_experiment(ledger):
+    ran = ledger[(ledger.kind == "number") & (ledger.n > 0)]
+    assert not ran.duplicated([*KEY, "preset", "experiment", "variant"]).any()
+    owned = ran[(ran.variant == "") & ran.artefact.isin(OWNERS)]
+    assert (owned.figure == owned.artefact.map(OWNERS)).all()
+    for _, rows in ran[ran.variant == ""].groupby(["artefact", "preset"]):
+        assert len(set(rows.experiment)) == 1
+
+
+def test_only_counts_hold_without_a_run_at_the_published_setting(ledger):
+    decided = ledger[ledger.verdict.isin(["holds", "differs", "reversed"])]
+    assert len(decided) > 30 and (decided.preset.isin(["paper", "published"])).all()
+    assert (decided[decided.n == 1].metric.isin(COUNTED)).all()
+
+
+def test_a_deviation_stands_where_two_seeds_are(ledger):
+    for path in GALLERY.glob(f"*{VERSUS}"):
+        for row in pd.read_csv(path, keep_default_na=False, na_values={"n": ""}).itertuples():
+            assert len(values_of(row.runs)) == int(row.n)
