@@ -5,7 +5,7 @@ PRESET = quick
 DEVICE = auto
 ONLY =
 BENCH =
-FLOWER_TESTS = tests/test_remote.py tests/test_federate.py tests/test_flower_faults.py
+FLOWER_TESTS = tests/test_remote.py tests/test_gate.py tests/test_federate.py tests/test_flower_faults.py
 PYTHON = python3
 
 BIN = .venv/bin

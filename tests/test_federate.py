@@ -16,11 +16,13 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from test_gate import STRANGE, ask, flwr
 
 from fsl_sage import federate, flower
 from fsl_sage.config import preset
 from fsl_sage.federate import Federation, Processes, federation, follow, main, run_config
 from fsl_sage.flower import own_data
+from fsl_sage.gate import NoGate, Refused
 from fsl_sage.runs import RunStore
 from fsl_sage.shares import read_share, write_shares
 from fsl_sage.training import train
@@ -224,6 +226,12 @@ def run(tmp_path_factory):
     main(["certs", "--clients", "3", "--host", "127.0.0.1", str(certificates)])
     (certificates / "server" / "client-2.pub").unlink()
     nodes = [{"data": str(path), "device": "cpu"} for path in write_shares(experiment, folder)]
+    stolen, done = [], threading.Event()
+
+    def steal(here):
+        while not done.wait(0.05):
+            stolen.append(ask(here, "/v1/runtime/acquire-task")[0])
+
     with runs_in(folder / "runs"), federation(folder / "room", [], certificates) as here:
         meters = [Meter(here.address) for _ in nodes]
         for i, (config, meter) in enumerate(zip(nodes, meters, strict=True)):
@@ -231,7 +239,22 @@ def run(tmp_path_factory):
         strangers = [here.node(2, nodes[0], certificates=certificates / "client-2")]
         strangers.append(here.node(3, nodes[0], patience=20))  # without TLS
         found["strangers"] = [stranger.wait(300) for stranger in strangers]
-        follow(here.said(here.submit(run_config(experiment, "cpu"))), experiment.rounds)
+        thief = threading.Thread(target=steal, args=(here,))
+        thief.start()
+        (strange := folder / "strange" / "fsl_sage_app").mkdir(parents=True)
+        federate.write_app(strange.parent, {})
+        (strange / "app.py").write_text(STRANGE.format(str(folder / "pwned")))
+
+        def said():
+            for text in here.said(here.submit(run_config(experiment, "cpu"))):
+                if text.startswith("round 0:"):
+                    found["handed in"] = flwr(here, folder / "home", "run", strange.parent, "here").returncode
+                yield text
+
+        follow(said(), experiment.rounds)
+        done.set()
+        thief.join()
+        found["stolen"], found["pwned"], found["nodes"] = set(stolen), (folder / "pwned").exists(), here.nodes
         found["sent"] = sum(meter.bytes for meter in meters)
     return found | {"history": RunStore(folder / "runs").find(experiment), "left": here.processes.alive()}
 
@@ -257,8 +280,30 @@ def test_clients_and_server_send_little_more_than_the_ledger_says(run):
 
 @needs_flower
 @pytest.mark.slow
-def test_an_unknown_key_and_plain_text_are_refused(run):
-    assert all(run["strangers"])  # exit status
+@pytest.mark.attack("network")
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_unknown_key_and_plain_text_are_refused(which, run):
+    assert run["strangers"][which]  # exit status
+
+
+@needs_flower
+@pytest.mark.slow
+@pytest.mark.attack("network")
+def test_a_stranger_runs_no_code_while_others_train(run):
+    assert run["handed in"] and not run["pwned"]
+
+
+@needs_flower
+@pytest.mark.slow
+@pytest.mark.attack("network")
+def test_a_stranger_takes_no_task_of_a_run(run):
+    assert run["stolen"] == {403}
+
+
+@needs_flower
+@pytest.mark.slow
+def test_each_key_is_a_node(run):
+    assert sorted(run["nodes"]) == [0, 1] and len(set(run["nodes"].values())) == 2
 
 
 def inheriting(variable):
@@ -271,7 +316,8 @@ def inheriting(variable):
 
 @needs_flower
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.attack("local")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_command_leaves_no_process_behind(how, tmp_path):
     mark = f"TEST_{uuid4().hex}"
     words = [sys.executable, "-c", "import sys; from fsl_sage.federate import main; sys.exit(main())", "local"]
@@ -282,22 +328,44 @@ def test_an_interrupted_command_leaves_no_process_behind(how, tmp_path):
         assert time.monotonic() < until and command.poll() is None
         time.sleep(1)
     command.send_signal(how)
-    _, said = command.communicate(timeout=120)
-    assert command.returncode == 130 and b"nothing is left running" in said
+    if how == signal.SIGKILL:  # it can clean up nothing: its watcher does
+        command.wait(60)
+        until = time.monotonic() + 60
+        while inheriting(mark) and time.monotonic() < until:
+            time.sleep(0.2)
+    else:
+        _, said = command.communicate(timeout=120)
+        assert command.returncode == 130 and b"nothing is left running" in said
     assert not inheriting(mark) and not list(tmp_path.iterdir())
 
 
-def test_a_node_that_is_not_let_in_is_started_again(tmp_path, capsys):
+def test_a_client_that_is_not_let_in_is_told_why_and_knocks_again(tmp_path, capsys):
+    reasons = [NoGate("nobody listens there (yet)", True), Refused("unknown key"), Refused("unknown key")]
+
+    def ask():
+        raise reasons.pop(0) if len(reasons) > 1 else reasons[0]
+
+    with Processes(tmp_path) as processes, pytest.raises(RuntimeError, match=f"unknown key; .*{tmp_path.name}"):
+        federate.stay(ask, lambda: pytest.fail("a node was started"), Federation(processes), patience=0.3)
+    said = capsys.readouterr().err
+    assert said.count("nobody listens") == 1 == said.count("unknown key; trying again")
+
+
+def test_a_node_that_ends_is_started_again(tmp_path, capsys):
     started = []
 
-    class Refused:
+    class Ended:
         def wait(self):
             started.append(self)
             return 1
 
-    with Processes(tmp_path) as processes, pytest.raises(RuntimeError, match=f"status 1; .*{tmp_path.name}"):
-        federate.stay(Refused, Federation(processes), patience=0.1)
-    assert len(started) > 1 and "does not know this key; trying again" in capsys.readouterr().err
+    def ask():
+        if len(started) == 2:
+            raise Refused("no more")
+
+    with Processes(tmp_path) as processes, pytest.raises(RuntimeError, match="no more"):
+        federate.stay(ask, Ended, Federation(processes), patience=0.3)
+    assert len(started) == 2 and "the node has ended with status 1" in capsys.readouterr().err
 
 
 def test_processes_that_ignore_a_polite_end_are_ended(tmp_path):
