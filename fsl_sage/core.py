@@ -171,6 +171,16 @@ def arithmetic(
         _round_products(precision == "tf32", undo)
         yield
 
+# %% ../nbs/00_core.ipynb #5a1c7e11
+def _whole(
+    first: Tensor,  # int64
+    away: Tensor,  # average difference from `first`, float64
+) -> Tensor:  # int64
+    "first + away, rounded; halves to the even number, as `torch.round` does."
+    below = away.floor()
+    rest, down = away - below, first + below.to(torch.int64)
+    return down + ((rest > 0.5) | ((rest == 0.5) & (down % 2 == 1)))
+
 # %% ../nbs/00_core.ipynb #d5f68bd4
 def weighted_average(
     states: Iterable[dict[str, Tensor]],  # state dicts with the same names and shapes; one at a time is looked at
@@ -184,16 +194,20 @@ def weighted_average(
     ok = one and min(weights) >= 0
     require(ok, "weights", list(weights), "0 or more each and 1 in all")
     total: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}  # of the whole numbers; Apple's GPUs have no float64: there they are added on the CPU
     for i, (state, weight) in enumerate(zip_longest(states, weights)):
         both = state is not None and weight is not None
         require(both, "weights", list(weights), "as many numbers as there are models")
-        kinds = {name: entry.dtype for name, entry in state.items()}
         different = [name for name in state if i and (name not in total or total[name].shape != state[name].shape)]
         alike = not different and (not i or len(state) == len(total))
         require(alike, "states", different, "models with the same names and shapes")
         for name, entry in state.items():
+            if not (entry.is_floating_point() or entry.is_complex()):
+                count = (entry.cpu() if entry.device.type == "mps" else entry).to(torch.int64)
+                entry = (count - first.setdefault(name, count.clone())).double()
             total[name] = total[name] + entry * weight if i else entry * weight
-    return {name: t if t.dtype == kinds[name] else t.round().to(kinds[name]) for name, t in total.items()}
+        like = {name: entry for name, entry in state.items() if name in first}
+    return total | {name: _whole(first[name], total[name]).to(like[name]) for name in first}
 
 # %% ../nbs/00_core.ipynb #55fca187
 def as_tensors(
