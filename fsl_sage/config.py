@@ -184,20 +184,21 @@ class DatasetConfig:
     val_size: int = 0  # training images held out for validation, drawn by the partition's seed
     rgb32: bool = False  # resize to 32 × 32, repeat one channel to three, normalise by mean and deviation ½ (SGLR)
     size_spread: float = 0.0  # of iid, noniid_dirichlet: deviation of the log of clients' samples; 0: equal shares
+    image_size: int | None = None  # of a folder of pictures: pixels of a side to resize all to; None: as they are
 
     def __post_init__(self):
         _check_types(self, "dataset.")
         one_of("dataset.distribution", self.distribution, DISTRIBUTIONS)
         require(self.alpha > 0, "dataset.alpha", self.alpha, "greater than 0")
         require(self.shard_num >= 1, "dataset.shard_num", self.shard_num, "at least 1")
-        for name in ("samples_per_client", "max_train", "max_test"):
+        for name in ("samples_per_client", "max_train", "max_test", "image_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"dataset.{name}", value, "at least 1, or None")
         require(self.val_size >= 0, "dataset.val_size", self.val_size, "0 or more")
         require(0 <= self.size_spread <= 5, "dataset.size_spread", self.size_spread, "a number from 0 to 5")
         own = {"iid": ("size_spread",), "noniid": ("shard_num",), "noniid_dirichlet": ("alpha", "size_spread")}
         own["balanced"] = ("samples_per_client",)
-        common = ("name", "distribution", "max_train", "max_test", "augment", "val_size", "rgb32")
+        common = ("name", "distribution", "max_train", "max_test", "augment", "val_size", "rgb32", "image_size")
         _forget_unused(self, (*common, *own[self.distribution]))
 
 # %% ../nbs/05_config.ipynb #4cc86af7
@@ -378,7 +379,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 # %% ../nbs/05_config.ipynb #8a3bc6f6
 YOUNGER = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "dataset.size_spread": 0.0,
-    "model.auxiliary.budget_mb": 8.5,
+    "dataset.image_size": None, "model.auxiliary.budget_mb": 8.5,
 }  # fields that came later, by dotted name → the value with which they are left out  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import Experiment
 from .core import arithmetic, choose_device, generator, require
-from .data import Images, normalise
+from .data import Images, eval_batches
 from .training import History, prepare, train_state
 
 # %% ../nbs/14b_leakage.ipynb #5577a1f5
@@ -115,7 +115,7 @@ def smashed_data(
     std: Sequence[float],  # likewise
 ) -> Tensor:  # (n, channel, height, width) at the cut
     "Smashed data of `images`, in eval mode."
-    return torch.cat([client.eval()(normalise(x, mean, std)) for x in images.x.split(500)])
+    return torch.cat([client.eval()(x) for x, _ in eval_batches(images, mean, std, batch_size=500)])
 
 # %% ../nbs/14b_leakage.ipynb #0432c79c
 @arithmetic("fp32")

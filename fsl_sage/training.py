@@ -157,7 +157,8 @@ def prepare(
 ) -> tuple[Dataset, Images | None]:  # the data set less its validation images; these
     "The experiment's images, on `device`. `ValueError` names `dataset.val_size` if too few would be left."
     config = experiment.dataset
-    dataset = load(config.name, root, max_train=config.max_train, max_test=config.max_test)
+    limits = {name: getattr(config, name) for name in ("max_train", "max_test", "image_size")}
+    dataset = load(config.name, root, **limits)
     if config.rgb32:
         dataset = as_rgb32(dataset)  # on the CPU: a GPU may round a pixel otherwise
     train, validation = hold_out(dataset.train, config.val_size, experiment.partition_seed, experiment.num_clients)

@@ -2,8 +2,12 @@
 
 import gzip
 import io
+import os
 import tarfile
 import threading
+import tracemalloc
+import warnings
+import zipfile
 from dataclasses import replace
 from functools import partial
 from hashlib import md5
@@ -19,6 +23,7 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from fsl_sage import data
+from fsl_sage.config import Experiment, from_dict, preset
 from fsl_sage.core import generator
 from fsl_sage.data import (
     ClientData,
@@ -34,6 +39,7 @@ from fsl_sage.data import (
     normalise,
     partition,
 )
+from fsl_sage.training import prepare
 
 some = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -215,7 +221,7 @@ def test_a_damaged_npz_is_refused_or_harmless(tmp_path_factory, draw, compressed
     (np.savez_compressed if compressed else np.savez)(path, **arrays(n=3, test=2, shape=(4, 4)))
     whole, good = path.read_bytes(), data.read_npz(path)
     path.write_bytes(whole[: draw.draw(st.integers(0, len(whole) - 1))])
-    with pytest.raises(ValueError, match=r"mine\.npz: .*Replace it by a whole copy"):
+    with pytest.raises(ValueError, match=r"mine\.npz: .*Mend it, replace it by a whole copy"):
         load("mine", path.parent)
     at = draw.draw(st.integers(0, len(whole) - 1))
     path.write_bytes(whole[:at] + bytes([whole[at] ^ draw.draw(st.integers(1, 255))]) + whole[at + 1 :])
@@ -239,7 +245,7 @@ WRONG = {
     "y_train must be whole numbers, is float64": {"y_train": np.zeros(20)},
     "y_train must be 0 or more, found -1": {"y_train": np.arange(20) - 1},
     "y_test must be below 10, found 10": {"y_test": np.arange(10) + 1},
-    "damaged or no .npz archive .*allow_pickle": {"y_train": np.array([{}] * 20, dtype=object)},
+    "y_train holds pickled Python objects": {"y_train": np.array([{}] * 20, dtype=object)},
 }
 
 
@@ -270,7 +276,7 @@ def test_truncated_idx(tmp_path, suffix, keep):
     folder = write_idx(tmp_path / "mnist", arrays(shape=(28, 28)), suffix)
     path = folder / f"t10k-images-idx3-ubyte{suffix}"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"mnist/t10k-images-idx3-ubyte.*Replace it"):
+    with pytest.raises(ValueError, match=r"mnist/t10k-images-idx3-ubyte.*Mend it"):
         load("mnist", tmp_path)
 
 
@@ -292,6 +298,175 @@ def test_idx_that_is_something_else(tmp_path):
         load("mnist", tmp_path)
 
 
+# ---------------------------------------------------------------- small files that claim to be large
+
+
+def npz_of(path, arrays, announced=None, method=zipfile.ZIP_DEFLATED, held=None):
+    """An archive whose x_train announces the shape `announced` and holds `held` zeros (None: as announced)."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for key, values in arrays.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                if key != "x_train" or announced is None:
+                    np.lib.format.write_array(file, values)
+                    continue
+                header = {"descr": "|u1", "fortran_order": False, "shape": announced}
+                np.lib.format.write_array_header_1_0(file, header)
+                left, zeros = int(np.prod(announced)) if held is None else held, bytes(2**22)
+                while left > 0:
+                    left -= file.write(zeros[:left])
+    return path
+
+
+def refused_within(mebibytes, match, call, *args, **wish):
+    """The call is refused with these words, and takes no more memory on the way."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=match) as error:
+            call(*args, **wish)
+        assert tracemalloc.get_traced_memory()[1] < mebibytes * 2**20
+    finally:
+        tracemalloc.stop()
+    assert len(str(error.value).splitlines()) == 1
+
+
+LYING = {
+    "much more than the file holds": ((10**10, 8, 8), 100),
+    "more than a number can say": ((2**62, 2**62), 100),
+    "less than nothing": ((-5, 8, 8), 100),
+    "two negatives": ((-5, -8, 8), 320),
+    "less than the file holds": ((20, 8, 8), 2**20),
+}
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("lie", LYING)
+def test_a_header_that_does_not_fit_its_array_is_refused(tmp_path, lie):
+    announced, held = LYING[lie]
+    npz_of(tmp_path / "mine.npz", arrays(), announced, held=held)
+    refused_within(4, r"mine\.npz: .*the header of x_train announces", load, "mine", tmp_path)
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packing_that_python_unpacks_without_limit_is_refused(tmp_path, method):
+    npz_of(tmp_path / "mine.npz", arrays(), (2**26, 1, 1), method)
+    assert (tmp_path / "mine.npz").stat().st_size < 2**15
+    refused_within(4, r"mine\.npz: .*method that NumPy does not write", load, "mine", tmp_path)
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("kind", ["npz", "idx"])
+def test_a_file_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path, monkeypatch, kind):
+    """Shapes that fit each other: only the sizes tell. 64 MiB of zeros, with the limit at 1 MiB instead of 256."""
+    monkeypatch.setattr(data, "FREE", 2**20)
+    large = arrays() | {"y_train": np.zeros(2**16, np.uint8)}
+    if kind == "npz":
+        npz_of(tmp_path / "mine.npz", large, (2**16, 32, 32))
+    else:
+        write_idx(tmp_path / "mine", large | {"x_train": np.zeros((2**16, 32, 32), np.uint8)})
+    refused_within(4, r"mine.*bytes would unpack to \d+, more than 100 times", load, "mine", tmp_path)
+    monkeypatch.setattr(data, "RATIO", 10**6)
+    with pytest.raises(ValueError, match="training images are"):
+        load("mine", tmp_path)
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("sizes", [(2**32 - 1,) * 3, (2**31, 1, 1), (1, 8, 8)])
+def test_an_idx_header_that_lies_is_refused(tmp_path, suffix, sizes):
+    folder = write_idx(tmp_path / "mine", arrays(), suffix)
+    content = bytes([0, 0, 8, 3]) + np.array(sizes, ">u4").tobytes() + bytes(100)
+    path = folder / f"train-images-idx3-ubyte{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    refused_within(4, "train-images-idx3-ubyte.*(would unpack|its header says)", load, "mine", tmp_path)
+
+
+@pytest.mark.attack("data")
+def test_a_gzip_that_goes_on_after_its_array_is_not_unpacked(tmp_path):
+    folder = write_idx(tmp_path / "mine", arrays())
+    path = folder / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 20]) + bytes(2**26)))
+    refused_within(4, "train-labels-idx1-ubyte.gz: holds more bytes, its header says 20", load, "mine", tmp_path)
+
+
+@pytest.mark.attack("data")
+def test_a_second_member_of_the_same_name_is_not_read(tmp_path):
+    """NumPy takes `x_train` for `x_train.npy` and reads it whole."""
+    npz_of(tmp_path / "mine.npz", arrays(fill=7))
+    with zipfile.ZipFile(tmp_path / "mine.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x_train", bytes(2**24))
+    tracemalloc.start()
+    assert (load("mine", tmp_path).train.x == 7).all()
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("place", ["mine.npz", "mine/train-labels-idx1-ubyte", "mine/train/bear/pipe.png"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, place):
+    (write_pictures if "train/" in place else write_idx)(tmp_path / "mine", *([] if "train/" in place else [arrays()]))
+    (tmp_path / "mine" / "train-labels-idx1-ubyte.gz").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / place)
+    if place == "mine.npz":
+        (tmp_path / "mine").rename(tmp_path / "other")
+        with pytest.raises(ValueError, match=r"dataset\.name='mine'"):
+            load("mine", tmp_path, download=False)
+        return
+    with pytest.raises(ValueError, match=f"{place}: cannot be read.*no regular file"):
+        load("mine", tmp_path)
+
+
+# ---------------------------------------------------------------- labels
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("first", [2**63, 2**64 - 20, 2**31])
+def test_labels_beyond_what_a_label_can_be_are_refused(tmp_path, first):
+    made = arrays()
+    np.savez(tmp_path / "mine.npz", **made | {"y_train": made["y_train"].astype(np.uint64) + np.uint64(first)})
+    with pytest.raises(ValueError, match=r"mine\.npz: y_train must be below 2147483648, found \d{10}"):
+        load("mine", tmp_path)
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("largest", [22, 10**9, 2**31 - 1])
+def test_one_large_label_does_not_make_as_many_classes(tmp_path, largest):
+    """Eleven labels may leave eleven out: 0 … 21; and the line that the message advises mends the file."""
+    made = arrays()
+    np.savez(tmp_path / "mine.npz", **made | {"y_train": np.where(made["y_train"] == 9, largest, made["y_train"])})
+    with pytest.raises(ValueError, match=rf"has 11 different labels up to {largest}; at least half") as error:
+        load("mine", tmp_path)
+    advice = str(error.value).partition("those of y_train first: ")[2].partition(". Mend")[0]
+    y_train, y_test = data.read_npz(tmp_path / "mine.npz")["y_train"], made["y_test"]
+    both = eval(advice, {"np": np, "y_train": y_train, "y_test": y_test})
+    np.savez(tmp_path / "mine.npz", **made | {"y_train": both[:20], "y_test": both[20:]})
+    assert load("mine", tmp_path).num_classes == 11
+
+
+def test_labels_may_leave_some_out(tmp_path):
+    made = arrays(classes=5)
+    np.savez(tmp_path / "mine.npz", **made | {key: 2 * made[key] + 1 for key in ("y_train", "y_test")})
+    assert load("mine", tmp_path).num_classes == 10
+
+
+def test_a_test_label_that_is_never_trained_is_said(tmp_path):
+    made = arrays(classes=4)
+    np.savez(tmp_path / "mine.npz", **made | {"y_train": made["y_train"] % 3})
+    with pytest.warns(UserWarning, match=r"mine\.npz: 1 label\(s\) of y_test occur in no training image \(3\)"):
+        load("mine", tmp_path)
+    np.savez(tmp_path / "mine.npz", **made)
+    with warnings.catch_warnings(action="error"):
+        load("mine", tmp_path)
+
+
+def test_the_remedy_is_one_for_this_file(tmp_path, monkeypatch):
+    assert "Reinstall the package" in str(data.broken(data.EMBEDDED / "fmnist_mini.npz", "is damaged"))
+    assert "einstall" not in str(data.broken(tmp_path / "mine.npz", "is damaged"))
+    monkeypatch.setitem(data.MADE, "made", lambda root: arrays() | {"x_train": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"plug-in:made: x_train must be uint8.*Mend the plug-in's function"):
+        load("made", tmp_path)
+
+
 # ---------------------------------------------------------------- folders of pictures
 
 
@@ -307,7 +482,8 @@ def test_imagefolder_below_root_and_root_itself(tmp_path):
 
 def test_imagefolder_sizes(tmp_path):
     write_pictures(tmp_path / "pets", sizes=((6, 6), (7, 6)))
-    with pytest.raises(ValueError, match=r"bear/1\.png: is of size \(6, 7\), others are \(6, 6\); give image_size"):
+    found = r"bear/1\.png: is of size \(6, 7\), others are \(6, 6\)"
+    with pytest.raises(ValueError, match=rf"{found}; set dataset\.image_size to resize all"):
         load("pets", tmp_path)
     assert load("pets", tmp_path, image_size=4).train.x.shape == (4, 3, 4, 4)
     for size in (0, -3):
@@ -315,6 +491,24 @@ def test_imagefolder_sizes(tmp_path):
             load("pets", tmp_path, image_size=size)
     with pytest.raises(ValueError, match="image_size=32: must be None"):
         load("fmnist_mini", image_size=32)
+
+
+def test_pictures_of_two_sizes_train_with_the_field_that_the_message_names(tmp_path):
+    write_pictures(tmp_path / "pets", sizes=((6, 6), (7, 6)))
+    plain = preset("smoke").replace(**{"dataset.name": "pets", "dataset.max_train": None, "dataset.max_test": None})
+    with pytest.raises(ValueError, match=r"set dataset\.image_size to resize all"):
+        prepare(plain, torch.device("cpu"), tmp_path)
+    resized = plain.replace(**{"dataset.image_size": 8})
+    assert prepare(resized, torch.device("cpu"), tmp_path)[0].train.x.shape == (4, 3, 8, 8)
+    assert resized.hash != plain.hash and from_dict(resized.to_dict()) == resized
+    assert "image_size" not in plain.to_dict()["dataset"] and Experiment().hash == "d2e77978c131fb96"
+    with pytest.raises(ValueError, match=r"dataset\.image_size=0: must be at least 1, or None"):
+        plain.replace(**{"dataset.image_size": 0})
+    for name in ("fmnist_mini", "made"):
+        data.MADE["made"] = lambda root: arrays()
+        with pytest.raises(ValueError, match=r"dataset\.image_size=8: must be None for the data set"):
+            load(name, image_size=8)
+        del data.MADE["made"]
 
 
 def test_imagefolder_unreadable_picture(tmp_path):
@@ -336,6 +530,131 @@ def test_imagefolder_classes(tmp_path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(ValueError, match="empty/train: holds no picture"):
         load("empty", tmp_path)
+
+
+def saved(tmp_path, pixels, name="picture.png", **wish):
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(tmp_path / name, **wish)
+    return data.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "16.jp2"])
+def test_sixteen_bits_become_eight_by_the_range_of_the_type(tmp_path, name):
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    grey = saved(tmp_path, ramp, name)
+    assert (grey == np.arange(256).reshape(16, 16, 1)).all() and grey.shape == (16, 16, 3)
+
+
+def test_floating_point_from_0_to_1_is_scaled_and_else_refused(tmp_path):
+    values = (np.arange(256, dtype=np.float32) / 255).reshape(16, 16)
+    assert (saved(tmp_path, values, "float.tif") == np.arange(256).reshape(16, 16, 1)).all()
+    for wrong in (1.01, -0.01, np.nan, 255):
+        with pytest.raises(ValueError, match=r"float\.tif: .*its numbers lie from .* must lie from 0 to 1"):
+            saved(tmp_path, np.where(values == 1, np.float32(wrong), values), "float.tif")
+
+
+def test_32_bit_whole_numbers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"int\.tif: cannot be read as a picture \(it holds 32-bit whole numbers"):
+        saved(tmp_path, np.full((4, 4), 300, np.int32), "int.tif")
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:4, :, 3], rgba[4:6, :, 3] = 255, 51
+    composed = np.repeat([0, 204, 255], [4, 2, 2])[:, None, None]
+    assert (saved(tmp_path, rgba) == composed).all()
+    assert (saved(tmp_path, rgba, "a.webp", lossless=True, exact=True) == composed).all()
+    assert (saved(tmp_path, rgba[..., [0, 3]]) == composed).all()
+    marked = Image.fromarray(np.repeat(np.array([3, 7], np.uint8), 8).reshape(4, 4))
+    assert np.unique(saved(tmp_path, marked, transparency=7)).tolist() == [3, 255]
+    palette = marked.convert("P")
+    assert np.unique(saved(tmp_path, palette, "a.gif", transparency=7)).tolist() == [3, 255]
+    sixteen = np.array([[256, 512]], np.uint16)
+    assert saved(tmp_path, sixteen, transparency=512)[0, :, 0].tolist() == [1, 255]
+
+
+def test_opaque_pictures_are_what_they_were(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    opaque = np.concatenate([rgb, np.full((9, 7, 1), 255, np.uint8)], axis=2)
+    assert np.array_equal(saved(tmp_path, rgb), rgb) and np.array_equal(saved(tmp_path, opaque), rgb)
+    grey = Image.fromarray(rgb[..., 0])
+    for kind in (grey, grey.convert("P"), grey.convert("1", dither=0), Image.fromarray(rgb).convert("CMYK")):
+        name = "picture.tif" if kind.mode == "CMYK" else "picture.png"
+        assert np.array_equal(saved(tmp_path, kind, name), np.asarray(kind.convert("RGB")))
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.tif"])
+def test_orientation_tags_are_obeyed(tmp_path, name):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    pixels = np.kron(np.array([[0, 255, 0]], np.uint8), np.ones((8, 8), np.uint8))
+    upright = saved(tmp_path, pixels, name, exif=exif)
+    assert upright.shape == (24, 8, 3) and upright[:, 0, 0].reshape(3, 8).mean(1).round(-1).tolist() == [0, 260, 0]
+
+
+@pytest.mark.parametrize("name", ["frames.gif", "frames.tif", "frames.webp", "frames.png"])
+def test_several_frames_are_refused(tmp_path, name):
+    frames = [Image.new("RGB", (4, 4), (90 * i, 0, 0)) for i in range(3)]
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read as a picture \(it has several frames"):
+        saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
+    assert (saved(tmp_path, frames[0], name) == 0).all()
+
+
+def test_a_camera_s_preview_is_left_out(tmp_path):
+    frames = [Image.new("RGB", (8, 8), "white"), Image.new("RGB", (4, 4))]
+    assert (saved(tmp_path, frames[0], "camera.mpo", save_all=True, append_images=frames[1:]) == 255).all()
+
+
+@pytest.mark.attack("data")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8193, 13000, 30000])
+def test_a_picture_of_too_many_pixels_is_not_unpacked(tmp_path, side):
+    import zlib
+
+    def chunk(kind, content):
+        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+    header = side.to_bytes(4) * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    (tmp_path / "large.png").write_bytes(png)
+    refused_within(4, r"large\.png: .*pixels", data.read_image, tmp_path / "large.png")
+
+
+@pytest.mark.attack("data")
+def test_many_pictures_that_unpack_to_much_more_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FREE", 2**18)
+    write_pictures(tmp_path / "pets", sizes=((400, 400),) * 3)
+    with pytest.raises(ValueError, match=r"pets: is too large .*set dataset\.image_size to make all smaller"):
+        load("pets", tmp_path)
+    assert load("pets", tmp_path, image_size=8).train.x.shape == (6, 3, 8, 8)
+
+
+@pytest.mark.attack("data")
+def test_formats_that_start_programs_are_not_opened(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "page.eps")
+    (tmp_path / "page.eps").rename(tmp_path / "page.png")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    with pytest.raises(ValueError, match=r"page\.png: cannot be read as a picture"):
+        data.read_image(tmp_path / "page.png")
+
+
+def test_what_desktops_leave_is_no_class(tmp_path):
+    pets = write_pictures(tmp_path / "pets")
+    for place in ("__MACOSX/._bear", "__MACOSX/bear", "bear/__MACOSX"):
+        (pets / "train" / place).mkdir(parents=True)
+    (pets / "train" / "__MACOSX" / "bear" / "._0.png").write_text("no picture")
+    (pets / "train" / "Thumbs.db").write_text("no picture")
+    assert load("pets", tmp_path).train.y.tolist() == [0, 1]
+
+
+def test_an_empty_class_and_a_stray_picture_are_refused(tmp_path):
+    pets = write_pictures(tmp_path / "pets")
+    (pets / "train" / "ape").mkdir()
+    with pytest.raises(ValueError, match="train/ape: is a class without a picture"):
+        load("pets", tmp_path)
+    (pets / "train" / "ape").rmdir()
+    Image.new("RGB", (6, 6)).save(pets / "test" / "0.png")
+    with pytest.raises(ValueError, match=r"test/0\.png: lies in no class folder"):
+        load("pets", tmp_path)
 
 
 # ---------------------------------------------------------------- download, from a server on this machine
@@ -448,6 +767,63 @@ def test_failed_download_leaves_nothing_and_says_why(server, temporary, tmp_path
     with pytest.raises(FileNotFoundError, match=r"cifar10\.npz.*download failed \(http.*cifar-10-binary\.tar\.gz: "):
         load("cifar10", tmp_path / "root")
     assert not list(tmp_path.glob("root/*")) and not list(tmp_path.glob("root/.*")) and not list(temporary.iterdir())
+
+
+@pytest.fixture
+def hostile(monkeypatch):
+    """A web server that misbehaves by the name of the file, and hands out `good` in the end."""
+    good, released = os.urandom(50_000), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind = self.path.split("/")[1]
+            if kind == "mute":
+                released.wait(20)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(good)) if kind != "endless" else str(2**40))
+            self.end_headers()
+            try:
+                if kind == "stalling":
+                    self.wfile.write(good[:1000])
+                    released.wait(20)
+                while kind == "endless" and not released.is_set():
+                    self.wfile.write(good)
+                while kind == "trickling" and not released.wait(0.05):
+                    self.wfile.write(b".")
+                if kind == "good":
+                    self.wfile.write(good)
+            except OSError:
+                self.close_connection = True
+
+        def log_message(self, *args):
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.block_on_close = True, False
+    server.good, server.url = good, f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    released.set()
+    server.shutdown()
+    server.server_close()
+
+
+HOSTILE = {"mute": "timed out", "stalling": "timed out", "trickling": "more slowly than", "endless": "longer than"}
+
+
+@pytest.mark.attack("data")
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_server_is_left_for_the_next(hostile, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(data, "PATIENCE", 0.3)
+    monkeypatch.setattr(data, "LARGEST", 10**6)
+    right, bad, good = md5(hostile.good).hexdigest(), f"{hostile.url}{kind}/file", f"{hostile.url}good/file"
+    with pytest.raises(OSError, match=f"{kind}/file: .*{HOSTILE[kind]}"):
+        data.fetch([bad], tmp_path, right)
+    assert not list(tmp_path.iterdir())
+    data.fetch([bad, good], tmp_path, right)
+    assert (tmp_path / "file").read_bytes() == hostile.good
 
 
 @pytest.mark.parametrize("when", ["download", "writing"])
@@ -720,6 +1096,20 @@ def test_eval_batches_keep_order():
     found = list(eval_batches(images, (0.5,), (0.25,), 10))
     assert [len(y) for _, y in found] == [10, 10, 3] and torch.equal(torch.cat([y for _, y in found]), images.y)
     assert torch.equal(torch.cat([x for x, _ in found]), normalise(images.x, (0.5,), (0.25,)))
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 37, 37)])
+def test_small_images_are_evaluated_a_thousand_at_a_time(shape):
+    """As every data set of today is, bit for bit."""
+    images = Images(torch.zeros(2100, *shape, dtype=torch.uint8), torch.zeros(2100, dtype=torch.int64))
+    assert [len(y) for _, y in eval_batches(images, (0.5,), (0.5,))] == [1000, 1000, 100]
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [((3, 224, 224), [27, 27, 6]), ((3, 2100, 2100), [1] * 3)])
+def test_large_images_are_evaluated_in_batches_of_bounded_size(shape, sizes):
+    n = sum(sizes)
+    images = Images(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(n, *shape), torch.zeros(n, dtype=torch.int64))
+    assert [len(y) for _, y in eval_batches(images, (0.5,), (0.5,))] == sizes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
