@@ -22,7 +22,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import psutil
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -171,6 +170,8 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.mib = torch.cuda.max_memory_allocated(device) / 2**20
         return
+    import psutil  # not needed on a GPU, whose machine may lack it
+
     process = psutil.Process()
 
     def watch() -> None:

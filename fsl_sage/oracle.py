@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRACE_ALGORITHMS', 'fill_parameters', 'formula_data', 'fingerprint', 'fingerprints', 'spec_experiment', 'spec_sglr',
-           'replay']
+           'replay', 'deviations']
 
 # %% ../nbs/13_oracle.ipynb #308e0f42
+import math
 from typing import Any
 
 import numpy as np
@@ -185,3 +186,22 @@ def replay(
         for part in state.parts:
             part.step_schedule()
     return trace
+
+# %% ../nbs/13_oracle.ipynb #32b43e70
+def deviations(
+    ours: Any,  # a replay, or a part of it
+    theirs: Any,  # the trace, or the same part of it
+    path: str = "",  # where the part stands
+) -> list[tuple[float, str]]:  # of every number: relative deviation, where it stands
+    "Compare a replay with its trace. `AssertionError` if they do not have the same form."
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), path
+        return [d for key in theirs for d in deviations(ours[key], theirs[key], f"{path}/{key}")]
+    if isinstance(theirs, list) and len(theirs) == 3 and isinstance(theirs[0], float):  # a fingerprint
+        norm = math.sqrt(theirs[1]) or 1.0
+        squares = abs(ours[1] - theirs[1]) / (theirs[1] or 1.0)
+        return [(max(abs(ours[0] - theirs[0]) / norm, squares, abs(ours[2] - theirs[2]) / norm), path)]
+    if isinstance(theirs, list):
+        assert len(ours) == len(theirs), path
+        return [d for i, pair in enumerate(zip(ours, theirs, strict=True)) for d in deviations(*pair, f"{path}/{i}")]
+    return [(abs(ours - theirs) / (abs(theirs) or 1.0), path)]

@@ -1,28 +1,11 @@
 """`oracle.replay` against the traces of the authors' released code, at a relative 1e-7 (see tests/traces/README.md)."""
 
-import math
-
 import pytest
 from conftest import TRACES, read_trace
 
-from fsl_sage.oracle import replay
+from fsl_sage.oracle import deviations, replay
 
 TOLERANCE = 1e-7
-
-
-def deviations(ours, theirs, path=""):
-    """Every number's deviation as (relative deviation, where it stands)."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), path
-        return [d for key in theirs for d in deviations(ours[key], theirs[key], f"{path}/{key}")]
-    if isinstance(theirs, list) and len(theirs) == 3 and isinstance(theirs[0], float):  # a fingerprint
-        norm = math.sqrt(theirs[1]) or 1.0
-        squares = abs(ours[1] - theirs[1]) / (theirs[1] or 1.0)
-        return [(max(abs(ours[0] - theirs[0]) / norm, squares, abs(ours[2] - theirs[2]) / norm), path)]
-    if isinstance(theirs, list):
-        assert len(ours) == len(theirs), path
-        return [d for i, pair in enumerate(zip(ours, theirs, strict=True)) for d in deviations(*pair, f"{path}/{i}")]
-    return [(abs(ours - theirs) / (abs(theirs) or 1.0), path)]
 
 
 @pytest.mark.parametrize("name", [path.stem for path in TRACES])
