@@ -423,6 +423,9 @@ class Experiment:
     def __post_init__(self):
         _settle(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Experiment":
+        return self  # nothing in it can be changed
+
     def to_dict(
         self,
         whole: bool = False,  # also the fields of YOUNGER that have their defaults

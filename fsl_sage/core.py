@@ -42,10 +42,11 @@ def one_of(
 ) -> str:  # `value`, if it is one of them
     "Return `value`, or raise a `ValueError` that lists the `allowed` names and the closest of them."
     allowed = list(allowed)
+    if value in allowed:
+        return value
     close = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    require(value in allowed, field, value, f"one of {', '.join(allowed)}{hint}")
-    return value
+    raise ValueError(f"{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
 
 # %% ../nbs/00_core.ipynb #fc826038
 def printable(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .baselines import BASELINES, cse_fsl_round
 from .clock import Attendance, Costs, attendances, attended_seconds, costs_of
-from .config import Experiment
+from .config import Experiment, from_dict
 from .checkpoint import CheckpointError, Progress, load_checkpoint, save_checkpoint
 from .core import arithmetic, choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
@@ -325,6 +325,7 @@ def begin(
     "Set a run up, or continue it where the checkpoint stopped. Warns if the checkpoint cannot be used."
     fine = "an Experiment, such as preset('smoke') gives"
     require(isinstance(experiment, Experiment), "experiment", experiment, fine)
+    from_dict(experiment.to_dict())  # are its plug-ins loaded, as they were?
     dataset, validation = prepare(experiment, device, root)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])

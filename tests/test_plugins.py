@@ -1,5 +1,6 @@
 """Parts of one's own: whose they are, in other processes, in the store; and those who look on."""
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -17,6 +18,7 @@ from fsl_sage.loggers import TensorBoard, WandB
 from fsl_sage.plugins import PluginError, load_plugins
 from fsl_sage.runs import TABLES, RunStore
 from fsl_sage.runs_cli import list_runs, prunable
+from fsl_sage.split import MODELS
 from fsl_sage.training import ALGORITHMS, Callback, train
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +30,14 @@ from fsl_sage.plugins import split_model
 def flat(in_channels, num_classes, image_size, width):
     pool = nn.AdaptiveAvgPool2d(2)
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), pool, nn.Flatten(), nn.Linear(16, num_classes))
+"""
+EVASIVE = """
+import importlib, pathlib, sys
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+try:
+    importlib.import_module("later")
+finally:
+    sys.path.pop(0)
 """
 SMALL = {"rounds": 1, "dataset.max_train": 90, "dataset.max_test": 50}
 
@@ -135,6 +145,126 @@ def test_installed_packages_offer_parts_by_entry_points(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_plugins() == list(small().plugins)
     assert pickle.loads(pickle.dumps(small())) == small()
+
+
+HELPED = """
+from helper import channels
+from torch import nn
+from fsl_sage.plugins import split_model
+
+@split_model("flat", cut="0")
+def flat(in_channels, num_classes, image_size, width):
+    import later
+    pool = nn.AdaptiveAvgPool2d(2)
+    net = nn.Sequential(nn.Conv2d(in_channels, channels, 3), pool, nn.Flatten())
+    return net.append(nn.Linear(4 * channels, num_classes, bias=later.BIAS))
+"""
+
+
+@pytest.fixture
+def helped(file):
+    file("channels = 4\n", "helper.py")
+    file("BIAS = True\n", "later.py")
+    return file(HELPED)
+
+
+def parameters():
+    return sum(p.numel() for p in MODELS["flat"].build(1, 10, 8, 8).parameters())
+
+
+def test_an_edited_module_of_a_plugin_is_another_plugin(file, helped):
+    """Whether it is imported at the top, in a function, or by another module."""
+    load_plugins([helped])
+    first, size = small().hash, parameters()
+    file("channels = 5\n", "helper.py")
+    load_plugins([helped])
+    assert small().hash != first and parameters() != size
+    file("from nested.deep import channels\n", "helper.py")
+    (helped.parent / "nested").mkdir()
+    file("channels = 4\n", "nested/deep.py")
+    load_plugins([helped])
+    nested = small().hash
+    assert nested != first and parameters() == size
+    file("channels = 4 + 0\n", "nested/deep.py")
+    load_plugins([helped])
+    assert small().hash != nested
+    file("channels = 4\n", "helper.py")
+    load_plugins([helped])
+    assert small().hash == first
+    file("BIAS = False\n", "later.py")
+    load_plugins([helped])
+    assert small().hash != first and parameters() == size - 10
+
+
+def test_a_module_is_run_as_it_was_when_the_tag_was_made(file, helped):
+    load_plugins([helped])
+    size = parameters()
+    file("1 / 0\n", "later.py")
+    sys.modules.pop("later", None)
+    assert parameters() == size
+
+
+def test_a_module_that_the_tag_cannot_cover_is_refused(file, helped):
+    with pytest.raises(PluginError, match="import later"):
+        load_plugins([file(FLAT + EVASIVE)])
+    del sys.modules["later"]
+
+
+def test_a_plugin_of_the_same_name_has_its_own_modules(file, helped, tmp_path):
+    load_plugins([helped])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "helper.py").write_text("channels = 7\n")
+    (other / "b.py").write_text("import helper\nfrom fsl_sage.plugins import algorithm\n"
+                                "algorithm(f'a{helper.channels}')(lambda state, rnd, ledger: None)\n")  # fmt: skip
+    load_plugins([other / "b.py"])
+    assert "a7" in ALGORITHMS
+
+
+def test_a_plugin_without_parts_is_refused(file):
+    with pytest.raises(PluginError, match="in no run's address"):
+        load_plugins([file("import fsl_sage.core\n")])
+
+
+def test_a_tag_of_a_file_that_stands_alone_stays(file):
+    tags = load_plugins([file(FLAT)])
+    assert tags == [f"parts@{hashlib.sha256(FLAT.encode()).hexdigest()[:12]}"]
+
+
+class Edit(Callback):
+    "Edits a plug-in's file while its run is at work."
+
+    def __init__(self, path):
+        self.path = path
+
+    def round(self, row, models):
+        self.path.write_text("1 / 0\n")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_file_edited_while_its_runs_are_at_work_changes_nothing(file, helped, tmp_path, jobs):
+    load_plugins([helped])
+    runs = [small().replace(seed=seed, rounds=2) for seed in (1, 2, 3)]
+    for path in (helped, helped.parent / "helper.py"):
+        store = RunStore(tmp_path / f"runs-{path.stem}")
+        before = path.read_text()
+        assert len(store.get(runs, "cpu", progress=False, jobs=jobs, callbacks=[Edit(path)])) == 3
+        assert path.read_text() == "1 / 0\n" and len(list(store.root.glob("*/config.json"))) == 3
+        path.write_text(before)
+
+
+def test_an_experiment_of_a_plugin_that_was_loaded_anew_is_not_trained(file):
+    load_plugins([file(FLAT)])
+    experiment = small()
+    load_plugins([file(FLAT + "# changed")])
+    with pytest.raises(MissingPluginError):
+        train(experiment, "cpu", progress=False)
+
+
+def test_a_plugin_that_no_run_uses_gets_a_word(file):
+    tags = load_plugins([file(FLAT)])
+    assert plugins.unused(tags, [small()]) == []
+    assert "model=flat" in plugins.unused(tags, [small("simple_conv")])[0]
 
 
 class Vandal(Callback):
