@@ -617,7 +617,7 @@ def alexnet(
     a, b, c, wide = (max(1, n * width // 64) for n in (96, 256, 384, 4096))
     side = -(-image_size // 16)  # four halvings, each rounded up
     layers = [
-        ("conv1", nn.Conv2d(in_channels, a, 5, 2, padding=2)), ("relu1", nn.ReLU()),
+        ("conv1", nn.Conv2d(in_channels, a, 11, 2, padding=5)), ("relu1", nn.ReLU()),
         ("pool1", nn.MaxPool2d(3, 2, padding=1)),
         ("conv2", nn.Conv2d(a, b, 5, padding=2)), ("relu2", nn.ReLU()), ("pool2", nn.MaxPool2d(3, 2, padding=1)),
         ("conv3", nn.Conv2d(b, c, 3, padding=1)), ("relu3", nn.ReLU()),

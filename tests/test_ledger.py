@@ -1,5 +1,6 @@
 """The ledger of claims, from the gallery that is committed: no number from another experiment."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -45,3 +46,13 @@ def test_a_deviation_stands_where_two_seeds_are(ledger):
     for path in GALLERY.glob(f"*{VERSUS}"):
         for row in pd.read_csv(path, keep_default_na=False, na_values={"n": ""}).itertuples():
             assert len(values_of(row.runs)) == int(row.n)
+
+
+def test_the_readme_counts_as_the_ledger_does(ledger):
+    text = (GALLERY.parent.parent / "README.md").read_text("utf-8")
+    pattern = r"Of (\d+) published numbers (\d+) are tested at .*: (\d+) hold, (\d+) differ, (\d+) are undecided"
+    numbers = ledger[(ledger.kind == "number") & (ledger.variant == "")]
+    words = numbers.verdict.value_counts()
+    tested = [int(words.get(word, 0)) for word in ("holds", "differs", "undecided")]
+    total = len(numbers.drop_duplicates(KEY))
+    assert [int(n) for n in re.search(pattern, text).groups()] == [total, sum(tested), *tested]
