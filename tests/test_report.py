@@ -16,13 +16,19 @@ from PIL import Image
 
 from fsl_sage.claims import VERDICTS, VERSUS, compare, published
 from fsl_sage.plots import save_figure
-from fsl_sage.report import build_report
+from fsl_sage.report import build_report, mathml, render
 from fsl_sage.runs import about_here
 
 NOTEBOOKS = Path(__file__).parent.parent / "figures"
 HOSTILE = """# <img src=x onerror="alert(1)"> & </article>
 
-**Claim** <script>alert(2)</script> [x](javascript:alert(3))
+**Claim** <script>alert(2)</script> [x](javascript:alert(3)) 
+
+$\\text{<script>ran=5</script>}$
+
+$$\\text{<img onerror=ran=6>} a<b$$
+
+$$\\color{red" onclick="ran=7}{c}$$
 """
 
 
@@ -95,11 +101,35 @@ def test_page_asks_for_nothing(page):
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest", text)
 
 
+@pytest.mark.attack("page")
 def test_hostile_text_is_shown_not_obeyed(page):
     tags = Tags(page.read_text("utf-8"))
-    assert not tags.values("onerror") and not [link for link in tags.values("href") if "javascript" in link]
+    assert not tags.values("onerror") and not tags.values("onclick")
+    assert not [link for link in tags.values("href") if "javascript" in link]
     assert len([tag for tag, _ in tags.tags if tag == "script"]) == 2  # the page's own
     assert 'A line"><script>alert(4)</script>' in tags.values("alt")
+
+
+WORDS = ["<script>window.ran = 1</script>", "<img src=x onerror=1>", "</math><b>", "&lt;script&gt;", "&#60;script&#62;"]
+
+
+@pytest.mark.attack("page")
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("tex", [r"\text{%s}", r"\mbox{%s}", r"\operatorname{%s}", r"\mathrm{%s}", r"\color{%s}{x}"])
+def test_words_in_a_formula_are_escaped(tex, words):
+    """On the gallery's page, and on the documentation's, which draw formulas by the same function."""
+    try:
+        drawn = [mathml(tex % words), mathml(tex % words, "block"), render(f"${tex % words}$", inline=True)]
+    except Exception as error:  # a formula that cannot be read is not drawn
+        assert "latex2mathml" in type(error).__module__
+        return
+    for tag, attributes in Tags("".join(drawn)).tags:
+        assert tag not in ("script", "img", "b") and not [name for name in attributes if name.startswith("on")]
+
+
+def test_formulas_keep_their_signs():
+    assert "<mo><</mo>" not in mathml("a < b") and "<mo>&lt;</mo>" in mathml("a < b")
+    assert "∂" in mathml(r"\partial") and "≤" in mathml(r"\leq")
 
 
 @pytest.mark.parametrize("change", [{"alt": " "}, {"alt": None}, None], ids=["blank", "none", "no file"])
@@ -196,6 +226,30 @@ def test_nothing_sticks_out(browser, page, width):
         outside = f"e => e.getBoundingClientRect().right > {width + 1} && !e.closest('.scroll')"
         all_of = window.locator("main *")
         assert all_of.evaluate_all(f"all => all.filter({outside}).map((e) => e.outerHTML)") == []
+
+
+@pytest.mark.attack("page")
+def test_no_script_but_the_page_s_own_runs(browser, page, tmp_path):
+    """Even if a text got past every escape."""
+    text = page.read_text("utf-8")
+    (policy,) = re.findall('http-equiv="Content-Security-Policy" content="(.*?)"', text)
+    (scripts,) = re.findall("script-src (.*?);", policy)
+    assert "unsafe" not in scripts and scripts.count("sha256-") == 2
+    broken_in = tmp_path / "page.html"
+    inline = "<script>ran = 1</script><img src=x onerror='ran = 2'><a id=bad href='javascript:ran = 3'>x</a>"
+    broken_in.write_text(text.replace("</header>", f"{inline}</header>"), "utf-8")
+    window = browser.new_page()
+    window.goto(broken_in.as_uri())
+    window.locator("#bad").click()
+    assert window.evaluate("window.ran") is None and window.locator("#theme").is_visible()
+    window.close()
+
+
+@pytest.mark.attack("page")
+def test_hostile_text_does_not_run(browser, page):
+    with opened(browser, page) as window:
+        assert window.evaluate("window.ran") is None
+        assert "ran=5" in window.locator("#hostile").inner_text()
 
 
 def test_light_and_dark(browser, page):

@@ -8,7 +8,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import nbformat
-from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -16,7 +15,7 @@ from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
 
 from fsl_sage.claims import gather
-from fsl_sage.report import PAPERS, by_paper, measured, number, read_figures
+from fsl_sage.report import PAPERS, by_paper, mathml, measured, number, read_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 GALLERY = ROOT / "figures" / "gallery"
@@ -216,7 +215,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
     def formula(match: re.Match) -> str:
         inline = match[2] == "("
-        mathml = convert(unescape(match[3]).strip(), display="inline" if inline else "block")
-        return mathml if inline else f'<div class="formula">{mathml}</div>'
+        drawn = mathml(unescape(match[3]).strip(), "inline" if inline else "block")
+        return drawn if inline else f'<div class="formula">{drawn}</div>'
 
     return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', formula, html, flags=re.S)
