@@ -13,12 +13,13 @@ READY = .venv/.ready
 FLOWER = .venv-flower/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help figures test test-flower attack bench lab docs clean
+.PHONY: help figures check test test-flower attack bench lab docs clean
 
 help:
 	@echo 'make figures   regenerate the figures into figures/gallery'
 	@echo '               PRESET=quick (smoke: does it run? | paper: the published settings, for a GPU)'
 	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)'
+	@echo 'make check     the quick part of the tests: ruff, notebooks clean and in step with the package'
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
 	@echo 'make test-flower   the tests with real clients and a real server, in an environment of their own (.venv-flower)'
 	@echo 'make attack    try the attacks that are tests, and count those survived: the table of docs/security.md'
@@ -39,6 +40,11 @@ $(READY): settings.ini pyproject.toml setup.py
 
 figures: $(READY)
 	$(BIN)/fsl-sage-reproduce --preset $(PRESET) --device $(DEVICE) $(if $(strip $(ONLY)),--only $(ONLY))
+
+# What is quick to say: style, notebooks clean and exported, addresses of stored runs.
+check: $(READY)
+	$(BIN)/ruff check fsl_sage nbs figures tests benchmarks
+	$(BIN)/pytest tests/test_packaging.py tests/test_hashes.py
 
 # One thread a process: there are as many notebooks at work as there are cores. The last line is pytest's.
 test: $(READY)
