@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from .certificates import make_certificates
+from .cli import Job, jobs_of, on_terminal
 from .config import Experiment
 from .core import require
 from .flower import check_asked
@@ -39,8 +40,6 @@ from .shares import read_arrays, share_path, write_shares
 
 if TYPE_CHECKING:
     from socket import socket
-
-    from fsl_sage.cli import Job
 
 # %% ../nbs/22_federate.ipynb #83ee0223
 APP = "from fsl_sage.flower import client_app, server_app\n\nserver = server_app()\nclient = client_app()\n"
@@ -313,10 +312,8 @@ def follow(
 def asked(
     words: Sequence[str],  # KEY=VALUE
     clients: int,
-) -> "Job":
+) -> Job:
     "The experiment and its options. `ValueError` in one line if there is none between machines."
-    from fsl_sage.cli import jobs_of
-
     said = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     for key, instead in (("num_clients", "--clients"), *((key, "fsl-sage") for key in ("save", "resume", "log"))):
         require(key not in said, key, said.get(key), f"left out here: {instead} is for it")
@@ -545,6 +542,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 # %% ../nbs/22_federate.ipynb #2c9443ab
+@on_terminal
 def main(
     argv: Sequence[str] | None = None,  # None: the command line's
 ) -> int:  # exit status: 0 done, 1 the run has failed, 2 wrong usage, 130 interrupted
@@ -567,6 +565,8 @@ def main(
         with interruptible():
             args.act(args, words)
         return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"fsl-sage-federate: {error}", file=sys.stderr)
         return 2

@@ -366,7 +366,7 @@ def _run(source: Source) -> None:
         with _loading(source, _Carried(source, path.parent)):
             exec(compile(source.files[source.home], source.home, "exec"), module.__dict__)
             _check_imports(source, set(sys.modules) - before)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         line = _line(error, source.home)
@@ -418,7 +418,7 @@ def _import(point: EntryPoint, source: Source, folder: Path) -> None:
     try:
         with _loading(source, _Carried(source, folder)):
             point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{source.home} ({point.value}): {type(error).__name__}: {error}") from error
 
 
@@ -459,8 +459,9 @@ def _arrive(tree: dict[str, Any], sources: list[Source]) -> Experiment:
     return from_dict(tree)
 
 
-def _travel(experiment: Experiment) -> tuple[Callable[..., Experiment], tuple[dict[str, Any], list[Source]]]:
-    return _arrive, (experiment.to_dict(), [FILES[tag] for tag in experiment.plugins if tag in FILES])
+def _travel(experiment: Experiment) -> tuple[Callable[..., Experiment], tuple[Any, ...], dict[str, Any]]:
+    sources = [FILES[tag] for tag in experiment.plugins if tag in FILES]
+    return _arrive, (experiment.to_dict(), sources), {"_given": experiment._given}
 
 
 copyreg.pickle(Experiment, _travel)

@@ -26,6 +26,7 @@ from typing import Any
 from joblib import delayed, parallel_config
 
 import fsl_sage
+from .cli import on_terminal
 from .config import PRESETS, Experiment
 from .core import choose_device, one_of, require
 from .report import build_report
@@ -390,6 +391,7 @@ def _run(
     return 0 if made else 1
 
 # %% ../nbs/18_reproduce.ipynb #341f5cfb
+@on_terminal
 def main(
     argv: Sequence[str] | None = None,  # None: the command line's
 ) -> int:  # exit status: 0 all made, 1 one or more failed, 130 interrupted; usage errors exit with 2
@@ -399,6 +401,8 @@ def main(
     try:
         with _kill_is_interrupt():
             return _run(args)
+    except BrokenPipeError:
+        raise
     except ImportError as error:
         parser.error(f"{error}: the figures need the development requirements, pip install -e '.[dev]'")
     except (ValueError, OSError, StoreError) as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from .cli import on_terminal
 from .core import one_of, printable, printable_lines, require
 from .plugins import load_plugins
 from .runs import RUN, RunStore, Stored, StoreError, all_rounds, bring, flat, label
@@ -323,6 +324,7 @@ def export_runs(
     return "\n".join([*(f"{name} left out: {why}" for name, why in left.items()), written])
 
 
+@on_terminal
 def main(
     argv: Sequence[str] | None = None,  # None: the command line's
 ) -> int:  # exit status: 0 fine, 1 the store cannot be used; usage errors exit with 2
@@ -331,6 +333,8 @@ def main(
     args = parser.parse_args(argv)
     try:
         print(printable_lines(answer(args)))
+    except BrokenPipeError:
+        raise
     except StoreError as error:
         print(error, file=sys.stderr)
         return 1

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -116,6 +118,27 @@ def test_one_store_with_the_notebooks(store, capsys, monkeypatch):
         (["log=[tensorbord]"], "did you mean 'tensorboard'"),
         (["plugins=[nowhere.py]"], "nowhere.py"),
         (["+new=1"], "+new=1"),
+        (["~seed"], "~seed"),
+        (["=3"], "'=3'"),
+        (["dataset@x=mnist"], "dataset@x=mnist"),
+        (["model.client={epok:2}"], "did you mean model.client.epoch"),
+        (["seed=-1"], "fsl-sage: seed=-1: must be a whole number, 0 or more"),
+        (["seed=18446744073709551616"], "fsl-sage: seed=18446744073709551616: must be at most 2**63 - 1"),
+        (["preset=smoke", "rounds=${nothing}"], "rounds=${nothing}: Interpolation key 'nothing' not found"),
+        (["-m", "seed=interval(1,3)"], "seed=interval(1,3): must be values between commas, or range(START,STOP)"),
+        (["-m", "algorithm=glob(s*)"], "algorithm=glob(s*): must be values between commas"),
+        (["-m", "seed=range(1,9,0)"], "seed=range(1,9,0): must be values between commas"),
+        (["-m", "seed=range(1,9,0.0)"], "seed=range(1,9,0.0): must be values between commas"),
+        (["-m", "seed=range(4,1)"], "seed='range(4,1)': must be a sweep over 1 to 1000 values"),
+        (["-m", "seed=range(1,1000000)"], "must be a sweep over 1 to 1000 values"),
+        (["-m", "seed=shuffle(range(1,1000000000000))"], "must be a sweep over 1 to 1000 values"),
+        (["-m", "seed=range(0,100)", "rounds=range(1,100)"], "'9900 runs': must be 1000 runs or fewer"),
+        (["-m", "plugins=[a.py],[b.py]"], "plugins='[a.py],[b.py]': must be the same for all runs"),
+        (["-m", "device=cpu,cuda"], "device='cpu,cuda': must be the same for all runs"),
+        (["-m", *SMALL, "seed=1,2", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: ValueError"),
+        (["-m", *SMALL, "seed=1,2", "hydra/launcher=nothere"], "hydra/launcher=nothere: "),
+        (["-m", *SMALL, "seed=1,2", "hydra.launcher.nothing=3"], "hydra.launcher.nothing=3: "),
+        (["-m", *SMALL, "seed=1,2", "hydra.sweeper=3"], "hydra.sweeper=3: "),
         (["rounds"], "'rounds' is not KEY=VALUE"),
         (["--verbose"], "--verbose"),
         (["hydra.launcher.n_jobs=2"], "need -m"),
@@ -129,6 +152,118 @@ def test_what_is_wrong_is_said_in_a_line(store, capsys, words, says):
     printed = capsys.readouterr()
     assert says in printed.err and printed.err.strip().splitlines()[-1].startswith("fsl-sage: ")
     assert "Traceback" not in printed.err and not list(store.root.glob("[0-9a-f]*"))
+
+
+def shown(*words):
+    (job,) = jobs_of(words)
+    return job.experiment
+
+
+def test_the_preset_comes_before_the_words():
+    """References and tables see the preset's values, not those of the classes."""
+    assert shown("preset=quick", "algorithm.align_interval=${rounds}").algorithm.align_interval == 25
+    assert shown("preset=smoke", "algorithm=fed_avg", "rounds=${model.width}").rounds == 8
+    assert shown("preset=quick", "num_clients=${rounds}").num_clients == 25
+    assert shown("preset=quick", "clock.seed=${seed}", "clock.spread=1", "seed=5").clock.seed == 5
+    assert shown("preset=smoke", "init_seed=${partition_seed}", "seed=5").init_seed == 5
+    client = shown("preset=smoke", "algorithm=sglr", "model.client={epoch:2}").model.client
+    assert (client.epoch, client.batch_size, client.optimizer.scheduler.name) == (2, 16, "fraction")
+    words = "preset=smoke", "algorithm={name:sglr}", "model={width:4,client:{optimizer:{lr:0.5}}}", "clock={}"
+    changes = {"model.width": 4, "model.client.optimizer.lr": 0.5, "clock": {}}
+    assert shown(*words) == preset("smoke", "sglr", **changes)
+    assert shown("preset=smoke", "model.client.optimizer.scheduler={name:step}") == preset(
+        "smoke", **{"model.client.optimizer.scheduler.name": "step"}
+    )
+    assert shown("preset=smoke", "algorithm=sglr", "model.client.optimizer.scheduler=null") == preset(
+        "smoke", "sglr", **{"model.client.optimizer.scheduler": None}
+    )
+
+
+NAMES = ["1_000", "1e3", "true", "null", "2024", "mnist", "données", "run=3", "~x", "a (1)", "b'"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_stays_text_with_quotes_and_without(tmp_path, name):
+    (tmp_path / f"{name}.npz").touch()
+    quoted = "'" + name.replace("'", "\\'") + "'"
+    for word in (f"dataset.name={name}", f"dataset.name={quoted}", f"dataset={name}", f"dataset={quoted}"):
+        assert shown("preset=smoke", f"data_root={tmp_path}", word).dataset.name == name
+    for text in (f"/data/{name}", f"'/data/{quoted[1:]}"):
+        (job,) = jobs_of(["preset=smoke", f"data_root={text}"])
+        assert job.options.data_root == f"/data/{name}"
+    one, two = jobs_of(["preset=smoke", f"data_root={tmp_path}", f"dataset={quoted},fmnist_mini"], multirun=True)
+    assert [one.experiment.dataset.name, two.experiment.dataset.name] == [name, "fmnist_mini"]
+    again = jobs_of(one.words)  # as in another process
+    assert again[0].experiment == one.experiment
+
+
+def advised(capsys, *words):
+    """The words between double quotes that the message advises."""
+    assert main(list(words)) == 2
+    return re.findall('"(.*?)"', capsys.readouterr().err)[-1]
+
+
+def test_the_advice_to_quote_works(store, capsys, tmp_path):
+    assert advised(capsys, "preset=smoke", f"data_root={tmp_path}/a,b") == "data_root='a,b'"
+    (job,) = jobs_of(["preset=smoke", "data_root='a,b'"])
+    assert job.options.data_root == "a,b"
+    assert advised(capsys, "preset=smoke", "dataset={name:é}") == "KEY='text'"
+    here = f"data_root={tmp_path}"
+    for name in ("é", "1e3"):
+        (tmp_path / f"{name}.npz").touch()
+    assert shown("preset=smoke", here, "dataset={name:'é'}").dataset.name == "é"
+    assert main(["preset=smoke", "dataset={name:1e3}"]) == 2 and "needs quotes of its own" in capsys.readouterr().err
+    assert shown("preset=smoke", here, "dataset={name:'1e3'}").dataset.name == "1e3"
+    assert main(["-m", "preset=smoke", "dataset.name=choice(1e3,2)"]) == 2 and "quotes" in capsys.readouterr().err
+    sweep = jobs_of(["preset=smoke", "dataset.name=choice('1e3','2')"], multirun=True)
+    assert [job.experiment.dataset.name for job in sweep] == ["1e3", "2"]
+
+
+def test_sweeps_through_the_launcher_keep_their_text(store, tmp_path, capsys):
+    experiment = preset("smoke", "fed_avg", rounds=1)
+    images, classes = np.zeros((600, 28, 28), np.uint8), np.arange(600) % 10
+    arrays = {"x_train": images, "y_train": classes, "x_test": images, "y_test": classes}
+    np.savez(tmp_path / "1_000.npz", **arrays)
+    words = ["-m", *SMALL, "rounds=${eval_every}", f"data_root={tmp_path}", "algorithm=fed_avg"]
+    assert main([*words, "dataset=1_000,fmnist_mini", "hydra.launcher.n_jobs=1"]) == 0, capsys.readouterr().err
+    for name in ("1_000", "fmnist_mini"):
+        assert store.find(experiment.replace(**{"dataset.name": name})) is not None
+
+
+@pytest.mark.parametrize("words", [("cli", "--help"), ("cli", "--cfg", "preset=smoke"), ("runs_cli", "list")])
+def test_a_closed_pipe_ends_a_command_quietly(tmp_path, words):
+    code = f"import sys\nfrom fsl_sage.{words[0]} import main\nsys.exit(main({words[1:]}))"
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "FSL_SAGE_RUNS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_on_a_terminal_that_lacks_letters(tmp_path):
+    done = in_a_process(["-m", "fsl_sage", "--help"], tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stderr == "" and "?" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_output_that_cannot_be_written(tmp_path):
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "fsl_sage", "--help"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("the output cannot be written: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_plug_in_that_prints_or_ends_the_program(store, capsys, tmp_path):
+    (tmp_path / "loud.py").write_text(PARTS + "print('loud')\n")
+    (tmp_path / "leaves.py").write_text("\nraise SystemExit(3)\n")
+    assert main(["--cfg", "preset=smoke", f"plugins=[{tmp_path}/loud.py]"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("loud\n") and "loud" not in printed.out
+    assert "model=flat" in printed.err  # the way to use what was loaded for nothing
+    assert main(["--cfg", "preset=smoke", f"plugins=[{tmp_path}/leaves.py]"]) == 2
+    assert "leaves.py, line 2: SystemExit: 3" in capsys.readouterr().err
 
 
 def test_export_gives_the_uncut_network(store, capsys, tmp_path):
