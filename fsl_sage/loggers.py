@@ -27,10 +27,10 @@ class TensorBoard(Callback):
         self.folder = Path(store) / "tensorboard"
 
     def start(self, experiment: Experiment) -> None:
-        "Open the run's folder. `ImportError` without the extra `tensorboard`."
+        "Open the run's folder; rounds that will come again are forgotten. `ImportError` without the extra."
         from torch.utils.tensorboard import SummaryWriter  # an extra
 
-        self.writer = SummaryWriter(self.folder / experiment.hash)
+        self.writer = SummaryWriter(self.folder / experiment.hash, purge_step=self.first_round)
 
     def round(self, row: dict[str, Any], models: Models) -> None:
         "A scalar for each column."
@@ -54,18 +54,20 @@ class WandB(Callback):
         self.folder, self.project = Path(store), project
 
     def start(self, experiment: Experiment) -> None:
-        "Begin a run with the experiment's configuration. `ImportError` without the extra `wandb`."
+        "Begin the experiment's run, or go on with it: its id is the hash. `ImportError` without the extra `wandb`."
         import wandb  # an extra
 
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.before = int(experiment.algorithm.warm_start)  # rounds before round 0: steps begin at 0
         self.run = wandb.init(
-            project=self.project, name=experiment.hash, config=experiment.to_dict(), dir=str(self.folder),
-            mode=os.environ.get("WANDB_MODE", "offline"), settings=wandb.Settings(silent=True),
+            project=self.project, id=experiment.hash, resume="allow", name=experiment.hash,
+            config=experiment.to_dict(), dir=str(self.folder), mode=os.environ.get("WANDB_MODE", "offline"),
+            settings=wandb.Settings(silent=True),
         )  # fmt: skip
 
     def round(self, row: dict[str, Any], models: Models) -> None:
         "A value for each column."
-        self.run.log({"round": row["round"], **_numbers(row)})
+        self.run.log({"round": row["round"], **_numbers(row)}, step=row["round"] + self.before)
 
     def end(self, history: History, models: Models) -> None:
         "Finish the run."

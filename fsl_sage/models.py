@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .core import atomic_path, require
-from .runs import model_of
+from .checkpoint import read_tensors, write_tensors
+from .config import Experiment
+from .core import require
+from .runs import check_writable, model_of
 from .split import SplitModel
 from .training import Callback, History, Models
 
@@ -35,15 +36,17 @@ class KeepModel(Callback):
     def __init__(self, store: str | Path):  # root of the store
         self.store = Path(store)
 
+    def start(self, experiment: Experiment) -> None:
+        "`StoreError` if there is no place for models: now, not after the last round."
+        check_writable(self.store / "models")
+
     def end(self, history: History, models: Models) -> None:
-        "Not for a run that has diverged."
+        "Not for a run that has diverged. `OSError` if the file cannot be written."
         if history.stopped == "diverged":
             return
         tensors = {f"{i}.{n}": t for i, model in enumerate(models()) for n, t in whole_state(model).items()}
-        path = model_of(self.store, history.experiment.hash)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as whole:
-            save_file(tensors, whole, {"experiment": history.experiment.hash})
+        name = history.experiment.hash
+        write_tensors(model_of(self.store, name), tensors, {"experiment": name})
 
 # %% ../nbs/14c_models.ipynb #e5a75ad0
 def load_model(
@@ -53,12 +56,15 @@ def load_model(
 ) -> dict[str, Tensor]:
     "The state dict of the whole network after a run. `ValueError` says what to do if it was not kept."
     path = model_of(Path(store), name)
+    aside = Path(store) / "diverged" / name
+    require(path.exists() or not aside.exists(), "run", name, f"one that did not diverge (its rounds are in {aside}): "
+            "the models of diverged runs are not kept")  # fmt: skip
     require(path.exists(), "run", name, f"one whose model was kept (no {path.name} in {path.parent}): the same "
             "command with save=True trains it again, to the same numbers, and keeps the model")  # fmt: skip
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and train again with save=True") from error
+        tensors = read_tensors(path)[0]
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it, and train again with save=True") from error
     n = 1 + max(int(key.split(".")[0]) for key in tensors)
     require(client is not None or n == 1, "client", client, f"from 0 to {n - 1}: each client has a model of its own")
     require(client is None or 0 <= client < n, "client", client, f"from 0 to {n - 1}")
@@ -75,8 +81,7 @@ def export_model(
     "Write the global model of a run as one state dict for the uncut network. `ValueError` as by `load_model`."
     require(Path(path).suffix == ".safetensors", "file", str(path), "a file whose name ends in .safetensors")
     tensors = load_model(store, name, client)
-    with atomic_path(path) as whole:
-        save_file(tensors, whole)
+    write_tensors(path, tensors, {})
     return len(tensors)
 
 # %% ../nbs/14c_models.ipynb #c35e7c03

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERSIONS', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'MOST', 'PROVENANCE', 'NUMBERS', 'RUN', 'LABELS', 'checkout',
            'store_root', 'provenance', 'about_here', 'StoreError', 'UnreadableError', 'UnpluggedError', 'table_to_csv',
-           'table_from_csv', 'write_run', 'read_whole', 'read_run', 'put_run', 'remove', 'checkpoint_of', 'model_of',
-           'own_folders', 'leftovers', 'run_lock', 'diverged_before', 'flat', 'Stored', 'read_stored', 'read_all',
-           'all_rounds', 'write_table', 'StoredRuns', 'default_jobs', 'side_by_side', 'train_missing', 'bring',
-           'RunStore', 'label', 'tidy']
+           'table_from_csv', 'write_run', 'read_whole', 'read_run', 'check_writable', 'put_run', 'remove',
+           'checkpoint_of', 'model_of', 'own_folders', 'leftovers', 'run_lock', 'diverged_before', 'Extras', 'flat',
+           'Stored', 'read_stored', 'read_all', 'all_rounds', 'write_table', 'StoredRuns', 'default_jobs',
+           'side_by_side', 'train_missing', 'bring', 'RunStore', 'label', 'tidy']
 
 # %% ../nbs/10_runs.ipynb #af446223
 import csv
@@ -24,7 +24,6 @@ import stat
 import subprocess
 import tempfile
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,7 +46,7 @@ from tqdm import tqdm
 import fsl_sage
 from .config import SESSION, Experiment, MissingPluginError, from_dict
 from .core import atomic_path, choose_device, one_of, printable, printable_lines, require
-from .training import Callback, DivergedError, History, train
+from .training import Callback, DivergedError, History, Models, finish, train
 
 # %% ../nbs/10_runs.ipynb #2e913692
 def checkout(
@@ -385,6 +384,13 @@ def _empty_folder(parent: Path, name: str) -> Path:
     return room
 
 # %% ../nbs/10_runs.ipynb #913e6f71
+def check_writable(
+    folder: Path,  # made if missing
+) -> None:
+    "`StoreError` if nothing can be written there."
+    shutil.rmtree(_empty_folder(folder, "try"), ignore_errors=True)
+
+
 def put_run(
     folder: Path,  # where the run shall be; hold the lock of its name
     history: History,
@@ -500,6 +506,39 @@ def _one_thread(device: str | torch.device) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
 
+# %% ../nbs/10_runs.ipynb #278f4e55
+class Extras(Callback):
+    "Callbacks of a run that goes into the store, where their failures cannot reach it."
+
+    def __init__(self, callbacks: Sequence[Callback]):
+        self.callbacks, self.failed, self.ended = list(callbacks), {}, None
+
+    def start(self, experiment: Experiment) -> None:
+        "All begin, or the run does not."
+        for callback in self.callbacks:
+            callback.first_round = self.first_round
+            callback.start(experiment)
+
+    def round(self, row: dict[str, Any], models: Models) -> None:
+        "Those that have not failed."
+        for callback in [one for one in self.callbacks if one not in self.failed]:
+            try:
+                callback.round(row, models)
+            except Exception as error:
+                self.failed[callback] = error
+                name = type(callback).__name__
+                said = f"{name} failed in round {row['round']}: the run goes on without it ({error})"
+                warnings.warn(said, stacklevel=2)
+
+    def end(self, history: History, models: Models) -> None:
+        "Keep what `finish` will tell."
+        self.ended = history, models
+
+    def finish(self, device: str | torch.device) -> None:
+        "Tell of the end. `CallbackError` names all that have failed."
+        if self.ended:
+            finish(self.callbacks, choose_device(device), *self.ended, self.failed)
+
 # %% ../nbs/10_runs.ipynb #eb7e348e
 def _train_and_put(
     experiment: Experiment,
@@ -517,15 +556,16 @@ def _train_and_put(
             return held
         if aside.exists():
             raise diverged_before(aside, experiment)
-        checkpoint, start = checkpoint_of(store, experiment.hash), time.perf_counter()
+        checkpoint, extras = checkpoint_of(store, experiment.hash), Extras(callbacks)
         notes, place = ({"resumed": True} if checkpoint.exists() else {}), folder
         try:
-            history = train(experiment, device, root, progress, checkpoint=checkpoint, callbacks=callbacks)
+            history = train(experiment, device, root, progress, checkpoint=checkpoint, callbacks=[extras])
         except DivergedError as error:
             history, place = error.history, aside
             notes |= {"error": str(error)}
-        put_run(place, history, provenance(device, time.perf_counter() - start) | notes)
+        put_run(place, history, provenance(device, history.seconds) | notes)
         remove(checkpoint)
+        extras.finish(device)
         if place == aside:
             raise diverged_before(aside, experiment)
     return True
@@ -759,7 +799,7 @@ def train_missing(
         except StoreError as error:
             failed[experiment] = error
     if missing:
-        shutil.rmtree(_empty_folder(store, "try"), ignore_errors=True)
+        check_writable(store)
         failed |= _train_all(missing, store, device, root, progress, jobs or default_jobs(device), callbacks)
     return failed
 

@@ -15,11 +15,14 @@ import pytest
 import torch
 
 import fsl_sage
-from fsl_sage import runs, runs_cli
+from fsl_sage import runs, runs_cli, training
+from fsl_sage.checkpoint import CheckpointError, load_beside
 from fsl_sage.config import preset
-from fsl_sage.runs import TABLES, RunStore, StoreError, checkpoint_of, tidy
+from fsl_sage.loggers import TensorBoard, WandB
+from fsl_sage.models import KeepModel, load_model
+from fsl_sage.runs import TABLES, RunStore, StoreError, checkpoint_of, model_of, tidy
 from fsl_sage.runs_cli import import_runs, list_runs, prune
-from fsl_sage.training import History, train_state
+from fsl_sage.training import Callback, CallbackError, History, train, train_state
 
 EXPERIMENT = preset("smoke", "fed_avg")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
@@ -563,3 +566,243 @@ def test_runs_that_come_home(history, tmp_path, capsys):
     assert home.made_with(others[0].experiment)["commit"] == sha
     with pytest.raises(ValueError, match="40 hexadecimal digits"):
         import_runs(home.root, away.root, "main")
+
+
+TINY = {"num_clients": 2, "rounds": 3, "model.width": 1, "dataset.max_train": 40, "dataset.max_test": 10}
+
+
+class FailsIn(Callback):
+    "A callback that fails at an event, in its second round, and says what it heard."
+
+    def __init__(self, event, heard):
+        self.event, self.heard = event, heard
+
+    def round(self, row, models):
+        self.heard.append(row["round"])
+        if self.event == "round" and row["round"] == 1:
+            raise OSError(28, "No space left on device")
+
+    def end(self, history, models):
+        self.heard.append("end")
+        if self.event == "end":
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("event", "heard"), [("round", [0, 1, "end"]), ("end", [0, 1, 2, "end"])])
+@pytest.mark.parametrize("diverges", [False, True])
+def test_a_callback_that_fails_costs_no_run(event, heard, diverges, tmp_path, monkeypatch):
+    said, fine, experiment = [], [], preset("smoke", "fed_avg", **TINY)
+    if diverges:
+        monkeypatch.setattr(
+            training, "trouble", lambda metrics, results, rnd, due: "a loss is nan" if rnd == 2 else None
+        )
+        heard = [one for one in heard if one != 2]
+    callbacks = [FailsIn(event, said), FailsIn("nowhere", fine)]
+    with pytest.raises(RuntimeError, match=r"complete, but FailsIn failed \(OSError.*No space left"):
+        RunStore(tmp_path).get([experiment], "cpu", progress=False, jobs=1, callbacks=callbacks)
+    (stored,) = runs.read_all(tmp_path)
+    assert stored.history.stopped == ("diverged" if diverges else "rounds")
+    assert said == heard and fine == [0, 1, *([] if diverges else [2]), "end"]
+    assert not checkpoint_of(tmp_path, experiment.hash).exists()
+
+
+def test_without_a_store_the_error_has_the_history():
+    experiment, heard = preset("smoke", "fed_avg", **TINY), []
+    with pytest.raises(CallbackError) as caught:
+        train(experiment, "cpu", progress=False, callbacks=[FailsIn("end", []), FailsIn("nowhere", heard)])
+    assert len(caught.value.history.rounds) == 3 and heard[-1] == "end"
+
+
+def no_more_than(size, work, *args):
+    "Do the work in another process that may write no file above so many bytes, as on a full disk."
+    import resource
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        work(*args)
+
+    process = in_another_process(limited)
+    process.join(120)
+    return process.exitcode
+
+
+@posix
+def test_on_a_full_disk_the_model_is_lost_and_not_the_run(tmp_path):
+    experiment, said = preset("smoke", "fed_avg", **TINY | {"model.width": 8}), tmp_path / "said"
+
+    def work():
+        try:
+            RunStore(tmp_path).get([experiment], "cpu", progress=False, jobs=1, callbacks=[KeepModel(tmp_path)])
+        except CallbackError as error:
+            said.write_text(str(error))
+
+    assert no_more_than(20_000, work) == 0
+    assert "KeepModel failed (OSError: [Errno 27] File too large" in said.read_text()
+    assert str(model_of(tmp_path, experiment.hash)) in said.read_text()
+    assert RunStore(tmp_path).find(experiment) and not model_of(tmp_path, experiment.hash).exists()
+
+
+@posix
+def test_without_room_for_checkpoints_training_goes_on(tmp_path):
+    experiment, file = preset("smoke", "fed_avg", **TINY | {"model.width": 8}), tmp_path / "run.safetensors"
+
+    def work():
+        with pytest.warns(UserWarning, match="no checkpoint after round 0.*File too large.*goes on without"):
+            history, _ = train_state(experiment, "cpu", progress=False, checkpoint=file, checkpoint_seconds=0)
+        assert len(history.rounds) == 3
+
+    assert no_more_than(20_000, work) == 0 and not file.exists()
+
+
+def test_no_place_for_models_is_said_before_training(tmp_path):
+    (tmp_path / "models").write_text("a file")
+    with pytest.raises(StoreError, match="models"):
+        RunStore(tmp_path).get(
+            [preset("smoke", "fed_avg", **TINY)], "cpu", progress=False, callbacks=[KeepModel(tmp_path)]
+        )
+    assert not list(tmp_path.glob("[0-9a-f]*[0-9a-f]")) and not (tmp_path / "progress").exists()
+
+
+def test_the_model_of_a_diverged_run_is_not_promised(history, tmp_path):
+    gone = replace(history, stopped="diverged")
+    runs.put_run(tmp_path / "diverged" / EXPERIMENT.hash, gone, runs.provenance("cpu"))
+    with pytest.raises(ValueError, match="did not diverge"):
+        load_model(tmp_path, EXPERIMENT.hash)
+
+
+def stopped_in(rnd, experiment, path, *callbacks):
+    "Train until a round is over; its checkpoint is not written any more."
+
+    class Stop(Callback):
+        def round(self, row, models):
+            if row["round"] == rnd:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_state(
+            experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0, callbacks=[*callbacks, Stop()]
+        )
+
+
+@pytest.mark.attack("store")
+def test_a_garbled_checkpoint_is_never_read_with_other_numbers(tmp_path):
+    experiment, path = preset("smoke", "fsl_sage", **TINY), tmp_path / "run.safetensors"
+    stopped_in(1, experiment, path)
+    whole, chance, read = path.read_bytes(), random.Random(0), 0
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for i in range(300):
+        garbled = bytearray(whole)
+        start, end = (0, header) if i % 3 == 0 else (header, len(whole))
+        for _ in range(1 + i % 3):
+            garbled[chance.randrange(start, end)] ^= 1 << chance.randrange(8)
+        path.write_bytes(garbled[: chance.randrange(len(whole)) if i % 10 == 9 else None])
+        try:
+            load_beside(path, experiment)
+            read += bytes(garbled) != whole
+        except CheckpointError:
+            pass
+    assert read == 0
+    path.write_bytes(whole)
+    load_beside(path, experiment)
+
+
+@posix
+@pytest.mark.attack("store")
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "run.safetensors")
+    with pytest.raises(CheckpointError, match="ordinary file"):
+        load_beside(tmp_path / "run.safetensors", EXPERIMENT)
+
+
+def with_own_state(monkeypatch, **first):
+    "FedAvg whose rate falls with the rounds it has seen, which it keeps in its state."
+    usual = training.ALGORITHMS["fed_avg"]
+
+    def run_round(state, rnd, ledger):
+        state.seen = [*getattr(state, "seen", []), torch.tensor(rnd)]
+        for part in state.clients:
+            part.optimizer.param_groups[0]["lr"] = 0.1 / len(state.seen)
+        return usual.run_round(state, rnd, ledger)
+
+    def init(*args):
+        state = usual.init(*args)
+        vars(state).update(first)
+        return state
+
+    monkeypatch.setitem(training.ALGORITHMS, "fed_avg", usual._replace(init=init, run_round=run_round))
+    return preset("smoke", "fed_avg", **TINY)
+
+
+def test_what_an_algorithm_keeps_in_its_state_survives_a_stop(tmp_path, monkeypatch):
+    experiment = with_own_state(monkeypatch, table={"a": (1, None), 2: [0.5, "b"]})
+    whole = train(experiment, "cpu", progress=False)
+    stopped_in(1, experiment, tmp_path / "run.safetensors")
+    resumed, state = train_state(experiment, "cpu", progress=False, checkpoint=tmp_path / "run.safetensors")
+    assert_same(whole, resumed)
+    assert resumed.rounds.client_lr.tolist() == [0.1, 0.05, 0.1 / 3] and state.table == {"a": (1, None), 2: [0.5, "b"]}
+
+
+def test_what_a_checkpoint_cannot_hold_is_refused_before_training(tmp_path, monkeypatch):
+    experiment = with_own_state(monkeypatch, teacher=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"state\.teacher='Linear'"):
+        RunStore(tmp_path).get([experiment], "cpu", progress=False, jobs=1)
+    assert len(train(experiment, "cpu", progress=False).rounds) == 3  # without a store there is nothing to resume
+
+
+def test_seconds_count_all_parts_of_a_run(tmp_path, monkeypatch):
+    experiment, path, clock = preset("smoke", "fed_avg", **TINY), tmp_path / "run.safetensors", [0.0]
+    usual = training.one_round
+
+    def slow_round(*args):
+        clock[0] += 100
+        return usual(*args)
+
+    monkeypatch.setattr(training, "one_round", slow_round)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    stopped_in(1, experiment, path)  # the checkpoint is of round 0
+    clock[0] = 5000.0
+    assert train(experiment, "cpu", progress=False, checkpoint=path).seconds == 300
+
+
+def steps_in(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return [event.step for event in accumulator.EventAccumulator(str(folder)).Reload().Scalars("test_loss")]
+
+
+def test_after_a_stop_tensorboard_shows_each_round_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    experiment, path = preset("smoke", "fed_avg", **TINY), tmp_path / "run.safetensors"
+    stopped_in(1, experiment, path, TensorBoard(tmp_path))
+    train(experiment, "cpu", progress=False, checkpoint=path, callbacks=[TensorBoard(tmp_path)])
+    assert steps_in(tmp_path / "tensorboard" / experiment.hash) == [0, 1, 2]
+    train(experiment, "cpu", progress=False, callbacks=[TensorBoard(tmp_path)])  # from the start
+    assert steps_in(tmp_path / "tensorboard" / experiment.hash) == [0, 1, 2]
+
+
+def test_after_a_stop_weights_and_biases_go_on_with_the_run(tmp_path, monkeypatch):
+    said, steps = [], []
+
+    class Session:
+        def __init__(self):
+            self.summary = {}
+
+        def log(self, row, step):
+            steps.append((row["round"], step))
+
+        def finish(self, exit_code):
+            pass
+
+    class Stand:
+        Settings = staticmethod(lambda **_: None)
+        init = staticmethod(lambda **words: said.append((words["id"], words["resume"])) or Session())
+
+    monkeypatch.setitem(sys.modules, "wandb", Stand)
+    experiment, path = (
+        preset("smoke", "fsl_sage", **TINY | {"algorithm.warm_start": True}),
+        tmp_path / "run.safetensors",
+    )
+    stopped_in(1, experiment, path, WandB(tmp_path))
+    train(experiment, "cpu", progress=False, checkpoint=path, callbacks=[WandB(tmp_path)])
+    assert said == [(experiment.hash, "allow")] * 2
+    assert steps == [(-1, 0), (0, 1), (1, 2), (1, 2), (2, 3)]  # a step that comes again is the same step
