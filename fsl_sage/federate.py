@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['APP', 'PYPROJECT', 'Config', 'QUIET', 'ANY', 'ROUND', 'ABOUT', 'WORDS', 'CLIENTS', 'PATIENCE', 'toml', 'write_app',
            'Programs', 'server_tls', 'client_tls', 'known_server', 'Commands', 'wait_for', 'Federation', 'federation',
-           'run_config', 'follow', 'asked', 'local', 'tell', 'split', 'certs', 'has_files', 'server', 'stay', 'client',
-           'interruptible', 'main']
+           'run_config', 'follow', 'shown', 'refusals', 'asked', 'local', 'tell', 'split', 'certs', 'has_files',
+           'server', 'stay', 'client', 'interruptible', 'main']
 
 # %% ../nbs/22_federate.ipynb #5058ceb4
 import argparse
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -308,6 +309,38 @@ def follow(
         raise RuntimeError(why)
     return stored
 
+# %% ../nbs/22_federate.ipynb #1a1e459f
+def shown(text: str) -> None:
+    "Write a line beside the bar."
+    tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def refusals(
+    log: Path,  # of the server
+    tell: Callable[[str], Any] = shown,
+) -> Iterator[None]:
+    "In the block, tell what the gate says there."
+    over = Event()
+
+    def follow_log() -> None:
+        with open(log, encoding="utf-8", errors="replace") as lines:
+            while True:
+                last = over.wait(1)
+                for text in lines:
+                    if text.startswith("gate: "):
+                        tell(text.rstrip())
+                if last:
+                    return
+
+    thread = Thread(target=follow_log)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
 # %% ../nbs/22_federate.ipynb #b396ab20
 def asked(
     words: Sequence[str],  # KEY=VALUE
@@ -383,11 +416,13 @@ def server(args: argparse.Namespace, words: Sequence[str]) -> None:
         here = Federation(processes, args.port, args.host, own, anyone=args.insecure)
         try:
             here.link()
-            if own:
-                here.register()
-            print(f"the server listens at {args.host}:{args.port} for {args.clients} clients", file=sys.stderr)
-            run = here.submit(run_config(job.experiment, job.options.device, args.patience, job.options.data_root))
-            tell(follow(here.said(run), job.experiment.rounds))
+            with refusals(here.folder / "server.log"):
+                if own:
+                    here.register()
+                print(f"the server listens at {args.host}:{args.port} for {args.clients} clients", file=sys.stderr)
+                run = here.submit(run_config(job.experiment, job.options.device, args.patience, job.options.data_root))
+                stored = follow(here.said(run), job.experiment.rounds)
+            tell(stored)
         except RuntimeError as error:
             raise RuntimeError(f"{error}; what the programs said is in {here.folder}") from error
 

@@ -17,7 +17,7 @@ AREAS = {
     "data": "files of data, and downloads of them",
     "page": "the page of figures, and words of the command line",
 }
-BEGIN, END = "<!-- made by make attack -->\n", "<!-- end -->"
+BEGIN, END = "<!-- made by make attack -->\n", "<!-- end of the table -->"
 
 
 def outcomes(

@@ -10,7 +10,8 @@ from fsl_sage.data import DISTRIBUTIONS, KNOWN
 from fsl_sage.split import MODELS
 
 ROOT = Path(__file__).parent.parent
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+TEXTS = [*OWN, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def code_of(path):

@@ -33,11 +33,12 @@ def address(path: Path) -> str:
     "Where a file of the repository is on the site: README and docs/ at the top, the rest as it is, notebooks as pages."
     docs = ROOT / "docs"
     place = path.relative_to(docs if path.is_relative_to(docs) else ROOT).as_posix()
-    return "index.md" if place == "README.md" else re.sub(r"\.ipynb$", ".md", place)
+    own = {"README.md": "index.md", "SECURITY.md": "promises.md"}  # security.md is in docs/
+    return own.get(place) or re.sub(r"\.ipynb$", ".md", place)
 
 
 NOTEBOOKS = [*START, *TUTORIALS, *LIBRARY, *(ROOT / "figures" / f"{name}.ipynb" for name in FIGURES)]
-TEXTS = ("README.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff")
+TEXTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "CITATION.cff")
 AS_THEY_ARE = (*TEXTS, "figures/gallery/*.*", "benchmarks/*.csv", "benchmarks/*.png")
 FILES = [path for pattern in AS_THEY_ARE for path in ROOT.glob(pattern)]
 ADDRESSES = {path: address(path) for path in [*NOTEBOOKS, *FILES, *(ROOT / "docs").rglob("*.md")]}
@@ -168,7 +169,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     howto = sorted(ADDRESSES[path] for path in (ROOT / "docs" / "how_to").glob("*.md"))
     figures = [{paper: [pages[f["name"]] for f in group]} for paper, group in by_paper(FIGURES.values()).items()]
     config.nav = [
-        {"Home": ["index.md", "results.md", "speed.md", "troubleshooting.md"]},
+        {"Home": ["index.md", "results.md", "speed.md", "security.md", "troubleshooting.md"]},
         {"Learn": ["reading_path.md", *(ADDRESSES[path] for path in [*START, *TUTORIALS]), "algorithms.md"]},
         {"How to": [*howto, "CONTRIBUTING.md"]},
         {"Library": [ADDRESSES[path] for path in LIBRARY]},
