@@ -214,7 +214,8 @@ async def enter(
             raise Refused(f"{who} wants to send {length[:20]!a} bytes, where {gate.most} are the most")
         await Counted(gate, who, receive, send).run(scope)
     except Refused as error:
-        gate.tell(ends[0][0], path, str(error))
+        if path != KNOCK or KEY in headers:  # a server knocks at its own gate, to see that it is there
+            gate.tell(ends[0][0], path, str(error))
         await say(send, 403, str(error))
 
 
