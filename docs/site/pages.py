@@ -169,7 +169,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     howto = sorted(ADDRESSES[path] for path in (ROOT / "docs" / "how_to").glob("*.md"))
     figures = [{paper: [pages[f["name"]] for f in group]} for paper, group in by_paper(FIGURES.values()).items()]
     config.nav = [
-        {"Home": ["index.md", "results.md", "speed.md", "security.md", "troubleshooting.md"]},
+        {"Home": ["index.md", "results.md", "speed.md", "security.md", "promises.md", "troubleshooting.md"]},
         {"Learn": ["reading_path.md", *(ADDRESSES[path] for path in [*START, *TUTORIALS]), "algorithms.md"]},
         {"How to": [*howto, "CONTRIBUTING.md"]},
         {"Library": [ADDRESSES[path] for path in LIBRARY]},
