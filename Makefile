@@ -4,6 +4,7 @@
 PRESET = quick
 DEVICE = auto
 ONLY =
+SEEDS =
 BENCH =
 FLOWER_TESTS = tests/test_remote.py tests/test_gate.py tests/test_federate.py tests/test_flower_faults.py
 PYTHON = python3
@@ -18,7 +19,7 @@ FLOWER = .venv-flower/bin
 help:
 	@echo 'make figures   regenerate the figures into figures/gallery'
 	@echo '               PRESET=quick (smoke: does it run? | paper: the published settings, for a GPU)'
-	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)'
+	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)   SEEDS="200 201 202"'
 	@echo 'make check     the quick part of the tests: ruff, notebooks clean and in step with the package'
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
 	@echo 'make test-flower   the tests with real clients and a real server, in an environment of their own (.venv-flower)'
@@ -39,7 +40,7 @@ $(READY): settings.ini pyproject.toml setup.py
 	@touch $@
 
 figures: $(READY)
-	$(BIN)/fsl-sage-reproduce --preset $(PRESET) --device $(DEVICE) $(if $(strip $(ONLY)),--only $(ONLY))
+	$(BIN)/fsl-sage-reproduce --preset $(PRESET) --device $(DEVICE) $(if $(strip $(ONLY)),--only $(ONLY)) $(if $(strip $(SEEDS)),--seeds $(SEEDS))
 
 # What is quick to say: style, notebooks clean and exported, addresses of stored runs.
 check: $(READY)
