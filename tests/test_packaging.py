@@ -6,12 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
 import papermill
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import fsl_sage
 
@@ -48,6 +50,32 @@ def test_environment_yml_asks_for_what_settings_ini_asks_for(settings):
     assert f"python>={settings['min_python']}" in from_conda
     given = {*from_conda, *map(conda_name, from_pip)} - {f"python>={settings['min_python']}", "pip"}
     assert given == set(map(conda_name, asked))
+
+
+def test_bounds_of_dependencies_are_those_of_the_table(settings):
+    """docs/dependencies.md says which release mended which hole: a bound below it fails here."""
+    page = (ROOT / "docs" / "dependencies.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| (\S+) \| `(\S+)` \|.*\| (\S+) \|$", page)
+    table = {name + bound for name, bound, _ in rows}
+    asked = {r for key, value in settings.items() if key.endswith("requirements") for r in value.split()}
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
+    assert table == asked | set(build) and len(rows) == len(table)
+    assert all(date == "–" or date >= "2026-11-26" for _, _, date in rows)
+
+
+@pytest.mark.parametrize(
+    ("package", "holed"),
+    [
+        ("pillow", "12.3.0"), ("tqdm", "4.66.2"), ("jinja2", "3.1.5"), ("jupyterlab", "4.6.3"), ("ray", "2.55.0"),
+        ("setuptools", "82.0.1"), ("hydra-core", "1.3.6"), ("nbconvert", "7.17.0"), ("pyarrow", "23.0.0"),
+        ("joblib", "1.4.2"), ("pytest", "9.0.2"), ("torch", "2.10.0"), ("filelock", "3.20.2"),
+    ],
+)  # fmt: skip
+def test_releases_with_known_holes_are_excluded(settings, package, holed):
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
+    asked = [r for key, value in settings.items() if key.endswith("requirements") for r in value.split()]
+    requirements = [r for r in map(Requirement, [*asked, *build]) if r.name == package]
+    assert requirements and not any(r.specifier.contains(holed) for r in requirements)
 
 
 def test_version_and_licence_are_the_same_everywhere(settings):

@@ -171,7 +171,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"Home": ["index.md", "results.md", "speed.md", "security.md", "promises.md", "troubleshooting.md"]},
         {"Learn": ["reading_path.md", *(ADDRESSES[path] for path in [*START, *TUTORIALS]), "algorithms.md"]},
-        {"How to": [*howto, "CONTRIBUTING.md"]},
+        {"How to": [*howto, "dependencies.md", "CONTRIBUTING.md"]},
         {"Library": [ADDRESSES[path] for path in LIBRARY]},
         {"Gallery": ["gallery.md", *figures, "claims.md"]},
         {"API": [f"api/{module}.md" for module in MODULES]},
