@@ -38,7 +38,7 @@ def address(path: Path) -> str:
 
 
 NOTEBOOKS = [*START, *TUTORIALS, *LIBRARY, *(ROOT / "figures" / f"{name}.ipynb" for name in FIGURES)]
-TEXTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "CITATION.cff")
+TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "CITATION.cff")
 AS_THEY_ARE = (*TEXTS, "figures/gallery/*.*", "benchmarks/*.csv", "benchmarks/*.png")
 FILES = [path for pattern in AS_THEY_ARE for path in ROOT.glob(pattern)]
 ADDRESSES = {path: address(path) for path in [*NOTEBOOKS, *FILES, *(ROOT / "docs").rglob("*.md")]}
@@ -171,7 +171,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"Home": ["index.md", "results.md", "speed.md", "security.md", "promises.md", "troubleshooting.md"]},
         {"Learn": ["reading_path.md", *(ADDRESSES[path] for path in [*START, *TUTORIALS]), "algorithms.md"]},
-        {"How to": [*howto, "dependencies.md", "CONTRIBUTING.md"]},
+        {"How to": [*howto, "dependencies.md", "CONTRIBUTING.md", "CHANGELOG.md"]},
         {"Library": [ADDRESSES[path] for path in LIBRARY]},
         {"Gallery": ["gallery.md", *figures, "claims.md"]},
         {"API": [f"api/{module}.md" for module in MODULES]},
