@@ -99,7 +99,7 @@ def broken(
     what: str,  # what is wrong with it
 ) -> ValueError:
     "The error for data that are there but cannot be used; the caller raises it."
-    return ValueError(f"{path}: {what}. {_remedy(path)}.")
+    return ValueError(f"{path}: {what}. {_remedy(Path(path))}.")
 
 # %% ../nbs/01_data.ipynb #5a1c7e03
 FREE = 2**28  # bytes: any file may unpack to these
@@ -107,9 +107,10 @@ RATIO = 100  # beyond FREE: bytes that one byte of a file may unpack to
 
 
 def file_size(
-    path: Path,
+    path: str | Path,
 ) -> int:  # bytes
     "The size of a regular file; `ValueError` if it is missing or something else."
+    path = Path(path)
     if not path.is_file():
         raise ValueError("it is no regular file" if path.exists() else "it does not exist")
     return path.stat().st_size
@@ -237,7 +238,7 @@ def as_rgb(
 
 
 def read_image(
-    path: Path,  # of one of FORMATS
+    path: str | Path,  # of one of FORMATS
     image_size: int | None = None,  # pixels of a side to resize to; None = as it is
 ) -> np.ndarray:  # (height, width, 3), uint8
     "One picture as RGB; `ValueError` that names the file if it cannot be read."

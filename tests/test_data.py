@@ -534,7 +534,7 @@ def test_imagefolder_classes(tmp_path):
 
 def saved(tmp_path, pixels, name="picture.png", **wish):
     (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(tmp_path / name, **wish)
-    return data.read_image(tmp_path / name)
+    return data.read_image(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "16.jp2"])
