@@ -18,6 +18,7 @@ from fsl_sage.plots import (
     COLUMN,
     DPI,
     FAMILY_MARKERS,
+    OTHERS,
     STACK,
     STYLES,
     TEXT,
@@ -63,6 +64,33 @@ def curves():
     legend_below(figure, left)
     stamp(figure, "preset quick: seeds 200, 201, 202; AMD EPYC, 1 thread; torch 2.15.0")
     return figure
+
+
+def test_a_method_that_no_paper_has_is_drawn_and_keeps_its_look():
+    """In both axes, at its level and at its target; the package's own SGLR too."""
+    _, (left, right) = new_figure(1, 2)
+    frame = pd.concat(runs(["drop_in", "FSL-SAGE", "sglr", "mine"]))
+    plot_curves(frame, "gigabytes", "test_accuracy", left)
+    plot_curves(frame[frame.label == "mine"], "round", "test_accuracy", right)
+    drawn = {line.get_label(): line.get_color() for line in left.lines}
+    assert list(drawn) == ["FSL-SAGE", "sglr", "drop_in", "mine"] and len(set(drawn.values())) == 4
+    assert [line.get_color() for line in right.lines] == [drawn["mine"]]
+    level(right, 0.95, "drop_in")
+    assert right.lines[-1].get_color() == drawn["drop_in"]
+    mark_target(left, {"mine": 3.0, "psl": 4.0}, 0.7)
+    assert {line.get_color() for line in left.lines[-4:]} == {drawn["mine"], STYLES["psl"]["color"]}
+
+
+def test_more_methods_than_looks_are_named_with_the_way_out(monkeypatch):
+    names = [f"method {i}" for i in range(len(OTHERS) + 1)]
+    _, (ax,) = new_figure()
+    with pytest.raises(ValueError, match="label='method 4': must be one of the first 4 in a figure") as error:
+        plot_curves(pd.concat(runs(names)), "round", "test_accuracy", ax)
+    assert "STYLES[NAME] = " in str(error.value)
+    monkeypatch.setitem(STYLES, "method 4", {"color": "black", "marker": ".", "linestyle": "-"})
+    _, (ax,) = new_figure()
+    plot_curves(pd.concat(runs(names)), "round", "test_accuracy", ax)
+    assert len(ax.lines) == len(names)
 
 
 def family():
@@ -158,11 +186,12 @@ def seen(color, matrix):
 @pytest.mark.parametrize("eye", BLINDNESS)
 def test_methods_are_told_apart_without_colour_vision(eye):
     """By colour where there is enough of it, and always by marker and dash."""
-    colors = {label: seen(to_rgb(style["color"]), BLINDNESS[eye]) for label, style in STYLES.items()}
-    pairs = list(combinations(STYLES, 2))
+    looks = STYLES | {f"other {i}": style for i, style in enumerate(OTHERS)}
+    colors = {label: seen(to_rgb(style["color"]), BLINDNESS[eye]) for label, style in looks.items()}
+    pairs = list(combinations(looks, 2))
     near = [pair for pair in pairs if np.linalg.norm(colors[pair[0]] - colors[pair[1]]) < 10]
     assert near == []
-    assert all(STYLES[a][look] != STYLES[b][look] for a, b in pairs for look in ("marker", "linestyle"))
+    assert all(looks[a][look] != looks[b][look] for a, b in pairs for look in ("marker", "linestyle"))
     assert max(lab[0] for lab in colors.values()) < 75, "too pale on white paper"
 
 
