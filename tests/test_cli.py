@@ -8,11 +8,12 @@ import sys
 import warnings
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fsl_sage import runs
+from fsl_sage import reproduce, runs
 from fsl_sage.cli import explained, jobs_of, main
 from fsl_sage.config import preset
 from fsl_sage.runs import RunStore, checkpoint_of, model_of
@@ -307,3 +308,62 @@ def test_sweep_in_processes_with_parts_of_ones_own(tmp_path):
     assert "fed_avg" in done.stdout and "psl" in done.stdout and "2 runs: 0 in the store" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.py", "runs"]  # no outputs/, no multirun/
     assert len(list((tmp_path / "runs").glob("[0-9a-f]" * 16))) == 2
+
+
+TYPED = """
+from pathlib import Path
+from typing import Literal
+preset: str = "quick"
+device: str = "auto"
+gallery: str = "gallery"
+size: int | None = None
+kind: Literal["one", "two"] = "one"
+place: Path = Path()
+shape: tuple[int, ...] = ()
+counts: dict[str, int] = {}
+"""
+CHECKED = """
+from fsl_sage.config import check_parameters
+check_parameters(globals())
+print((size, kind, place, shape, counts))
+"""
+
+
+def typed_figure(folder):
+    folder.mkdir()
+    parameters, check = nbformat.v4.new_code_cell(TYPED.strip()), nbformat.v4.new_code_cell(CHECKED.strip())
+    parameters.metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, check], metadata=kernel), folder / "own.ipynb")
+    return ["--figures", str(folder), "--preset", "smoke", "--gallery", str(folder / "gallery"), "--device", "cpu"]
+
+
+def test_a_figure_in_a_folder_with_braces_has_parameters_of_any_type(store, tmp_path, capfd):
+    words = typed_figure(tmp_path / "a {b} {preset}")
+    values = {"size": "3", "kind": "two", "place": "a/b", "shape": "[1, 2]", "counts": '{"a": 3}'}
+    reproduce.main([*words, *(word for name, value in values.items() for word in ("-p", name, value))])
+    printed = capfd.readouterr()
+    assert "1 of 1 figures made" in printed.out, printed
+    executed = nbformat.read(tmp_path / "a {b} {preset}" / "executed" / "own.ipynb", 4)
+    said = "".join(output.get("text", "") for cell in executed.cells for output in cell.get("outputs", ()))
+    assert said == "(3, 'two', PosixPath('a/b'), (1, 2), {'a': 3})\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-p", "preset", "smok"], "-p preset='smok': must be given by --preset"),
+        (["-p", "gallery", "elsewhere"], "-p gallery='elsewhere': must be given by --gallery"),
+        (["-p", "device", "gpu"], "-p device='gpu': must be given by --device"),
+        (["-p", "seeds", "[1]"], "-p seeds='[1]': must be given by --seeds"),
+        (["--seeds", "-1"], "--seeds=[-1]: must be from 0 to 2**63 - 1"),
+        (["--seeds", str(2**64)], "must be from 0 to 2**63 - 1"),
+        (["-p", "kinds", "one"], "must be one of preset, device, gallery, size, kind, place, shape, counts"),
+    ],
+)
+def test_what_is_wrong_with_a_batch_is_said_in_a_line(store, tmp_path, capsys, words, says):
+    with pytest.raises(SystemExit) as end:
+        reproduce.main([*typed_figure(tmp_path / "figures"), *words])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fsl-sage-reproduce: error: ") and says in last
