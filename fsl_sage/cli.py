@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'HELP', 'TEXT', 'MANY', 'Options', 'explained', 'help_text', 'schema', 'filled', 'keys_of', 'all_keys',
            'choices', 'check_key', 'check_override', 'pairs_of', 'words_of', 'is_here', 'beginning', 'Job', 'job_of',
-           'jobs_of', 'train_job', 'hydra_job', 'launch', 'comparison', 'described', 'run', 'export', 'on_terminal',
-           'main']
+           'jobs_of', 'train_job', 'hydra_job', 'failure', 'launch', 'go_on', 'comparison', 'described', 'swallowed',
+           'run', 'export', 'on_terminal', 'main']
 
 # %% ../nbs/17_cli.ipynb #80a7830d
 import argparse
@@ -460,20 +460,35 @@ def hydra_job(
     config: Any,  # made by `launch`: the words of all jobs, and which job it is
 ) -> None:
     "What Hydra's launcher runs, in whatever process. A run that fails does not stop the others."
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     (job,) = jobs_of(OmegaConf.to_container(config.words, resolve=False)[config.job])
+    if why := failure(job):
+        with suppress(OSError):  # on another machine the folder may not be there
+            (Path(HydraConfig.get().sweep.dir) / f"{job.experiment.hash}.failed").write_text(why, "utf-8")
+
+
+def failure(
+    job: Job,
+) -> str:  # empty: none
+    "Train a job; an error is said, and comes back as text."
     try:
         train_job(job, progress=False)
     except Exception as error:
-        print(f"fsl-sage: run {job.experiment.hash}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        why = f"{type(error).__name__}: {error}"
+        print(f"fsl-sage: run {job.experiment.hash}: {why}", file=sys.stderr, flush=True)
+        return why
+    return ""
 
 # %% ../nbs/17_cli.ipynb #913b1e40
 def launch(
     jobs: Sequence[Job],
     hydra_words: Sequence[str],  # those for Hydra itself
-) -> None:
+) -> dict[str, str]:  # hash → why the run failed
     "Run the jobs by Hydra's launcher. `ValueError` if Hydra cannot do with its words."
+    from concurrent.futures.process import BrokenProcessPool
+
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
@@ -484,7 +499,7 @@ def launch(
     defaults = ["_self_", {"override hydra/launcher": "joblib"}]
     node = {"defaults": defaults, "words": [job.words for job in jobs], "job": 0}
     ConfigStore.instance().store(name="fsl_sage", node=node)
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    before, full, broken = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), False
     with tempfile.TemporaryDirectory(prefix="fsl-sage-") as folder:
         own = [f"hydra.run.dir={_quoted(folder)}", f"hydra.sweep.dir={_quoted(folder)}", "hydra.output_subdir=null",
                "hydra/job_logging=none", "hydra/hydra_logging=none", f"job=range(0,{len(jobs)})"]  # fmt: skip
@@ -496,36 +511,64 @@ def launch(
         except (HydraException, OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise ValueError(f"{' '.join(hydra_words)}: {why}") from error
+        except BrokenProcessPool:
+            print("a process was ended from outside: each run that is left gets its own", file=sys.stderr)
+            broken = True
         finally:
             sys.argv = before
             os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
+        why = {path.stem: path.read_text("utf-8") for path in Path(folder).glob("*.failed")}
+    return why | go_on([job for job in jobs if job.experiment.hash not in why], hydra_words) if broken else why
+
+
+def go_on(
+    jobs: Sequence[Job],
+    hydra_words: Sequence[str],  # which may say how many at a time
+) -> dict[str, str]:  # hash → why the run failed
+    "Train what a launcher has left, because one of its processes was ended, each run in a process of its own."
+    from joblib import delayed
+
+    from fsl_sage.runs import RunStore, apart, default_jobs
+
+    said = [word.partition("=")[2] for word in hydra_words if word.startswith("hydra.launcher.n_jobs=")]
+    at_once = int(said[-1]) if said else 0
+    stored = RunStore()
+    work = (delayed(_named_failure)(job) for job in jobs if job.options.save or stored.find(job.experiment) is None)
+    at_once = at_once if at_once > 0 else default_jobs(jobs[0].options.device)
+    return dict(apart(work, at_once, lambda call, error: (call[1][0].experiment.hash, str(error))))
+
+
+def _named_failure(job: Job) -> tuple[str, str]:
+    return job.experiment.hash, failure(job)
 
 # %% ../nbs/17_cli.ipynb #54bf01b6
 def comparison(
     jobs: Sequence[Job],
-) -> tuple[str, int]:  # the table; how many runs are not in the store
+    why: dict[str, str] | None = None,  # hash → why the run failed
+) -> tuple[str, int]:  # the table; how many runs failed, or their extras
     "What came of the runs, a row each; of the configuration what the command line varied."
     import pandas as pd
 
-    from fsl_sage.config import YOUNGER
+    from fsl_sage.core import printable
     from fsl_sage.runs import RunStore, Stored, flat
     from fsl_sage.runs_cli import overview
 
-    store, rows, failed = RunStore(), [], 0
-    fields_of = {job.experiment.hash: YOUNGER | flat(job.experiment) for job in jobs}
+    store, rows, failed, why = RunStore(), [], 0, {name: text for name, text in (why or {}).items() if text}
+    fields_of = {job.experiment.hash: flat(job.experiment) for job in jobs}
     keys = dict.fromkeys(key for tree in fields_of.values() for key in tree)
     varied = [key for key in keys if len({str(tree.get(key)) for tree in fields_of.values()}) > 1]
     said = {key for job in jobs for key in job.keys if key not in [f"{group}.name" for group in GROUPS]}
     for job in jobs:
         history = store.find(job.experiment)
-        failed += history is None
+        failed += history is None or job.experiment.hash in why
         if history is not None:
             row = overview(Stored(store.folder(job.experiment), history, store.made_with(job.experiment)))
             own = fields_of[job.experiment.hash]
             rows.append(row | {key: own.get(key) for key in varied if key in said - set(row)})
     table = pd.DataFrame(rows).drop(columns="finished").to_string(index=False) if rows else ""
     end = f"{failed} of {len(jobs)} runs failed" if failed else f"in {store.root}"
-    return "\n".join(filter(None, [table, end])), failed
+    reasons = [f"run {name}: {printable(text)}" for name, text in why.items()]
+    return "\n".join(filter(None, [table, *reasons, end])), failed
 
 # %% ../nbs/17_cli.ipynb #916452b6
 def described(experiment: Any) -> str:
@@ -533,6 +576,14 @@ def described(experiment: Any) -> str:
     from omegaconf import OmegaConf
 
     return f"# run {experiment.hash}\n{OmegaConf.to_yaml(OmegaConf.create(experiment.to_dict()))}"
+
+# %% ../nbs/17_cli.ipynb #b5d817b7
+def swallowed(
+    jobs: Sequence[Job],  # whose runs are stored
+) -> list[str]:  # words
+    "What was said of how to train, to no avail."
+    words = [word for job in jobs for word in job.words if word.partition("=")[0] in ("log", "device", "resume")]
+    return list(dict.fromkeys(words))
 
 # %% ../nbs/17_cli.ipynb #55cf83c7
 def run(
@@ -560,11 +611,14 @@ def run(
     asked = [job for job in jobs if store.find(job.experiment) is None
              or (job.options.save and not model_of(store.root, job.experiment.hash).exists())]  # fmt: skip
     print(f"{len(jobs)} run{'s' * (len(jobs) > 1)}: {len(jobs) - len(asked)} in the store", file=sys.stderr)
+    why: dict[str, str] = {}
+    for word in swallowed([job for job in jobs if job not in asked]):
+        print(f"{word}: of no effect on stored runs; one whose folder is moved away is trained again", file=sys.stderr)
     if multirun and asked:
-        launch(asked, hydra_words)
+        why = launch(asked, hydra_words)
     elif asked:
         train_job(jobs[0], progress=sys.stderr.isatty())
-    table, failed = comparison(jobs)
+    table, failed = comparison(jobs, why)
     print(table)
     return 1 if failed else 0
 

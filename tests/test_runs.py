@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import fsl_sage
-from fsl_sage import runs, runs_cli, training
+from fsl_sage import cli, runs, runs_cli, training
 from fsl_sage.checkpoint import CheckpointError, load_beside
 from fsl_sage.config import preset
 from fsl_sage.loggers import TensorBoard, WandB
@@ -806,3 +807,64 @@ def test_after_a_stop_weights_and_biases_go_on_with_the_run(tmp_path, monkeypatc
     train(experiment, "cpu", progress=False, checkpoint=path, callbacks=[WandB(tmp_path)])
     assert said == [(experiment.hash, "allow")] * 2
     assert steps == [(-1, 0), (0, 1), (1, 2), (1, 2), (2, 3)]  # a step that comes again is the same step
+
+
+KILLED = """
+import os, signal
+from fsl_sage.baselines import fed_avg_round, init_fed_avg
+from fsl_sage.plugins import algorithm
+
+
+def init(experiment, data, ledger):
+    if experiment.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does where memory runs out
+    return init_fed_avg(experiment, data, ledger)
+
+
+@algorithm("fragile", init=init)
+def fragile(state, rnd, ledger):
+    return fed_avg_round(state, rnd, ledger)
+"""
+
+
+class Killed(Callback):
+    def start(self, experiment):
+        if experiment.seed == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a process was ended from outside")
+def test_one_worker_killed_costs_only_its_run(tmp_path):
+    sweep = [preset("smoke", "fed_avg", **TINY, seed=seed) for seed in range(4)]
+    with pytest.raises(runs.WorkerError, match=rf"run {sweep[1].hash}: its process was ended .*SIGKILL"):
+        RunStore(tmp_path).get(sweep, "cpu", progress=False, jobs=2, callbacks=[Killed()])
+    assert [RunStore(tmp_path).find(run) is not None for run in sweep] == [True, False, True, True]
+
+
+@posix
+@pytest.mark.slow
+def test_one_worker_killed_in_a_sweep_is_in_the_table(tmp_path, monkeypatch):
+    (tmp_path / "fragile.py").write_text(KILLED)
+    words = [f"{key}={value}" for key, value in TINY.items() if key != "rounds"]
+    words += ["rounds=1", "preset=smoke", f"plugins=[{tmp_path / 'fragile.py'}]", "algorithm=fragile", "seed=0,1,2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fsl_sage", "-m", *words, "hydra.launcher.n_jobs=2"],
+        capture_output=True, text=True, env=os.environ | {"FSL_SAGE_RUNS": str(tmp_path / "runs")},
+    )  # fmt: skip
+    assert done.returncode == 1 and "1 of 3 runs failed" in done.stdout, done
+    assert "SIGKILL" in done.stdout and "Traceback" not in done.stderr
+    assert len(list((tmp_path / "runs").glob("[0-9a-f]" * 16))) == 2
+
+
+def test_options_that_stored_runs_do_not_heed_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path))
+    words = [f"{key}={value}" for key, value in TINY.items() if key != "rounds"]
+    words += ["rounds=1", "preset=smoke", "algorithm=fed_avg", "device=cpu"]
+    assert cli.main(words) == 0 and "of no effect" not in capsys.readouterr().err
+    assert cli.main([*words, "resume=False", "log=[tensorboard]"]) == 0
+    said = capsys.readouterr().err
+    assert all(
+        f"{word}: of no effect on stored runs" in said for word in ["device=cpu", "resume=False", "log=[tensorboard]"]
+    )
