@@ -42,7 +42,7 @@ def fraction_now(
     rounds: int,  # of the whole training
 ) -> float:  # φ in this round, in [0, 1]
     "φ while its phase lasts, else 0 (phased SplitAvg; SGLR, Table 3)."
-    length = config.average_fraction * rounds
+    length = math.ceil(round(config.average_fraction * rounds, 9))  # 0.55 · 100 is 55, whatever floats say
     on = {"full": True, "initial": rnd < length, "final": rnd >= rounds - length}
     return config.active_fraction if on[config.average_phase] else 0.0
 

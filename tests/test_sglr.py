@@ -11,7 +11,7 @@ from fsl_sage.core import generator, tensor_bytes, weighted_average
 from fsl_sage.federation import FixedData, State
 from fsl_sage.ledger import Ledger, table6_bytes, table6_seconds
 from fsl_sage.oracle import replay
-from fsl_sage.sglr import MIXES, ManyHeads, active_clients, n_active
+from fsl_sage.sglr import MIXES, ManyHeads, active_clients, fraction_now, n_active
 from fsl_sage.split import LOSSES, Part, split_model
 from fsl_sage.training import ALGORITHMS, evaluate_mean, prepare, selected, train
 
@@ -425,3 +425,15 @@ def test_what_does_not_matter_is_forgotten():
     assert AlgorithmConfig("fsl_sage", loss="binary_cross_entropy") == AlgorithmConfig("fsl_sage")
     fast = preset("smoke", "sglr", **{"model.server.optimizer.lr": 7.0, "algorithm.lr_power": 1})
     assert fast.hash == preset("smoke", "sglr", **{"algorithm.lr_power": 1.0}).hash
+
+
+LENGTHS = [(0.6, 2, 2), (0.4, 2, 1), (0.5, 5, 3), (0.55, 100, 55), (0.6, 5, 3)]
+
+
+@pytest.mark.parametrize(("fraction", "rounds", "long"), LENGTHS)
+def test_the_first_and_the_last_phase_are_equally_long(fraction, rounds, long):
+    config = {"active_fraction": 1.0, "average_fraction": fraction}
+    first, last = (AlgorithmConfig("sglr", average_phase=phase, **config) for phase in ("initial", "final"))
+    on = [1.0] * long + [0.0] * (rounds - long)
+    assert [fraction_now(first, rnd, rounds) for rnd in range(rounds)] == on
+    assert [fraction_now(last, rnd, rounds) for rnd in range(rounds)] == on[::-1]
