@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'FORMAT', 'write_tensors', 'read_tensors', 'Progress', 'own_fields', 'require_kept', 'save_checkpoint',
-           'CheckpointError', 'load_checkpoint', 'load_beside']
+           'CheckpointError', 'load_checkpoint', 'load_beside', 'data_of']
 
 # %% ../nbs/08b_checkpoint.ipynb #c4c6c55c
 import errno
@@ -86,6 +86,7 @@ class Progress:
     next_round: int  # from 0; -1 before a warm start
     rounds: list[dict[str, Any]] = field(default_factory=list)  # rows of `History.rounds`
     alignments: list[dict[str, Any]] = field(default_factory=list)  # rows of `History.alignments`
+    data: str = ""  # digest of the data set; empty: not known
     seconds: float = 0.0  # of training so far, in all parts of a run that was stopped
 
 # %% ../nbs/08b_checkpoint.ipynb #2468f153
@@ -224,9 +225,12 @@ def load_checkpoint(
     path: str | Path,  # of the file
     state: State,  # of the same experiment, freshly set up: becomes what it was
     ledger: Ledger,  # likewise
+    data: str = "",  # digest of the data set that the file must have been made with; empty: any
 ) -> Progress:
     "Continue a run. `CheckpointError` if the file cannot be used; then nothing has been changed."
     plain, tensors = _read(Path(path), state.experiment)
+    if data and plain["progress"].get("data") != data:
+        raise CheckpointError(f"{path} is of other data than those called {state.experiment.dataset.name!r} now")
     device = next(state.parts[0].model.parameters()).device
     for kind, parts in _groups(state).items():
         for i in range(len(parts)):
@@ -255,3 +259,14 @@ def load_beside(
 ) -> dict[str, Tensor]:
     "What was kept with a checkpoint. `CheckpointError` if the file cannot be used."
     return _below(_read(Path(path), experiment)[1], "beside.")
+
+# %% ../nbs/08b_checkpoint.ipynb #4fe95558
+def data_of(
+    path: str | Path,  # of a checkpoint
+) -> str:  # empty: it does not say, or cannot be read
+    "The digest of the data set that a checkpoint was made with."
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads(file.metadata()["run"])["progress"]["data"])
+    except Exception:  # metadata may be anything
+        return ""

@@ -9,10 +9,10 @@ __all__ = ['KEYS', 'Arrays', 'EMBEDDED', 'DEBIAN', 'PLUGIN', 'FREE', 'RATIO', 'N
            'check_unpacked', 'npy_bytes', 'read_npz', 'read_idx', 'idx_path', 'read_idx_folder', 'as_rgb', 'read_image',
            'visible', 'picture_paths', 'read_image_folder', 'check_arrays', 'count_classes', 'Known', 'BinaryArchive',
            'read_cifar', 'download', 'fetch', 'fetch_cifar', 'fetch_idx', 'download_dataset', 'data_root', 'places',
-           'reader_of', 'find_arrays', 'as_images', 'load', 'class_balanced_part', 'make_fmnist_mini', 'normalise',
-           'draw_augmentation', 'apply_augmentation', 'augment', 'share_sizes', 'iid_parts', 'shard_parts',
-           'balanced_parts', 'draw_classes', 'dirichlet_parts', 'is_count', 'balanced_share', 'partition',
-           'labels_per_client', 'plot_labels_per_client', 'ClientData', 'eval_batches']
+           'reader_of', 'find_arrays', 'digest_of', 'checked_arrays', 'as_images', 'load', 'class_balanced_part',
+           'make_fmnist_mini', 'normalise', 'draw_augmentation', 'apply_augmentation', 'augment', 'share_sizes',
+           'iid_parts', 'shard_parts', 'balanced_parts', 'draw_classes', 'dirichlet_parts', 'is_count',
+           'balanced_share', 'partition', 'labels_per_client', 'plot_labels_per_client', 'ClientData', 'eval_batches']
 
 # %% ../nbs/01_data.ipynb #6be0d552
 import gzip
@@ -76,6 +76,7 @@ class Dataset:
     num_classes: int  # labels are 0 … num_classes - 1
     mean: tuple[float, ...]  # of each channel, for pixels from 0 to 1
     std: tuple[float, ...]  # of each channel, for pixels from 0 to 1
+    digest: str = ""  # of all images and labels that were found, before some were chosen
 
 # %% ../nbs/01_data.ipynb #240b8592
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -602,6 +603,32 @@ def find_arrays(
         f"({', '.join(KEYS)}) or a folder {name}/ there, or let FSL_SAGE_DATA name the folder that has it."
     )
 
+# %% ../nbs/01_data.ipynb #49bfc338
+def digest_of(
+    arrays: Arrays,  # from `check_arrays`
+) -> str:  # SHA-256, hexadecimal
+    "What tells these images and labels from others: dtype, shape and bytes of each array."
+    sha = hashlib.sha256()
+    for key in KEYS:
+        array = np.ascontiguousarray(arrays[key])
+        sha.update(f"{key} {array.dtype.str} {array.shape}\n".encode())
+        sha.update(array.data)
+    return sha.hexdigest()
+
+
+def checked_arrays(
+    name: str,  # of a data set, known or the user's own
+    root: Path,  # from `data_root`
+    download: bool = True,  # whether the network may be used as the last resort
+    image_size: int | None = None,  # only for folders of pictures
+) -> tuple[Arrays, Path]:  # in one form, as `check_arrays` gives them; where they were found
+    "`find_arrays`, checked. Warns of a file that hides embedded data."
+    arrays, path = find_arrays(name, root, download, image_size)
+    known = KNOWN.get(name, Known())
+    if known.place and known.place.parent == EMBEDDED and path != known.place:
+        warnings.warn(f"{path} is used as {name!r}, not the embedded data of this name", stacklevel=3)
+    return check_arrays(arrays, path, known.num_classes, known.channels), path
+
 # %% ../nbs/01_data.ipynb #cb530e90
 def as_images(
     x: np.ndarray,  # (n, height, width, channel), uint8
@@ -634,14 +661,14 @@ def load(
     `ValueError` if the name is unknown or a file is damaged, `FileNotFoundError` if it is nowhere to be found.
     """
     require(image_size is None or image_size >= 1, "dataset.image_size", image_size, "None or at least 1")
-    arrays, path = find_arrays(name, data_root(root), download, image_size)
+    arrays, path = checked_arrays(name, data_root(root), download, image_size)
     known = KNOWN.get(name, Known())
-    arrays = check_arrays(arrays, path, known.num_classes, known.channels)
     classes = count_classes(arrays, path, known.num_classes)
     train = as_images(arrays["x_train"], arrays["y_train"], max_train, "train", seed)
     test = as_images(arrays["x_test"], arrays["y_test"], max_test, "test", seed)
     repeat = train.x.shape[1] // len(known.mean)
-    return Dataset(name, train.to(device), test.to(device), classes, known.mean * repeat, known.std * repeat)
+    both = train.to(device), test.to(device)
+    return Dataset(name, *both, classes, known.mean * repeat, known.std * repeat, digest_of(arrays))
 
 # %% ../nbs/01_data.ipynb #1a63bd32
 def class_balanced_part(

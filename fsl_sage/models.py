@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import read_tensors, write_tensors
 from .config import Experiment
 from .core import require
-from .runs import check_writable, model_of
+from .runs import check_writable, model_of, run_name
 from .split import SplitModel
 from .training import Callback, History, Models
 
@@ -31,7 +31,7 @@ def whole_state(
 
 # %% ../nbs/14c_models.ipynb #ba0eb786
 class KeepModel(Callback):
-    "Writes what is evaluated after the last round to the store's `models/<hash>.safetensors`."
+    "Writes what is evaluated after the last round to the store's `models/<name of the run>.safetensors`."
 
     def __init__(self, store: str | Path):  # root of the store
         self.store = Path(store)
@@ -45,7 +45,7 @@ class KeepModel(Callback):
         if history.stopped == "diverged":
             return
         tensors = {f"{i}.{n}": t for i, model in enumerate(models()) for n, t in whole_state(model).items()}
-        name = history.experiment.hash
+        name = run_name(self.store, history.experiment, history.data)
         write_tensors(model_of(self.store, name), tensors, {"experiment": name})
 
 # %% ../nbs/14c_models.ipynb #e5a75ad0

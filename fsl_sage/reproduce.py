@@ -229,14 +229,14 @@ def train_planned(
 ) -> dict[Experiment, Exception]:  # what failed
     "Train what the figures need and the store does not have. `StoreError` if it cannot be written."
     asked = [run for figure in figures for run in figure.experiments]
-    needed = list(dict.fromkeys(asked))
+    needed, root = list(dict.fromkeys(asked)), parameters.get("data_root") or None
     if force:
-        print(f"{store.set_aside(needed)} stored runs moved to {store.root / 'replaced'}")
-    missing = sum(not store.folder(run).exists() for run in needed)
+        print(f"{store.set_aside(needed, root)} stored runs moved to {store.root / 'replaced'}")
+    missing = len(needed) - len(store.stored(needed, root))
     print(f"{len(figures)} figures show {len(asked)} runs, {len(needed)} different: {len(needed) - missing} stored, "
           f"{missing} to train", flush=True)  # fmt: skip
     try:
-        return train_missing(store.root, needed, parameters["device"], parameters.get("data_root") or None, True, jobs)
+        return train_missing(store.root, needed, parameters["device"], root, True, jobs)
     except StoreError:
         raise
     except Exception as error:

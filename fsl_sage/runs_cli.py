@@ -34,7 +34,7 @@ def overview(
     sent = rounds.get("paper_bytes", pd.Series(dtype=float))
     seconds = run.made_with["wall_seconds"]
     row = {
-        "hash": experiment.hash, "algorithm": experiment.algorithm.name,
+        "hash": run.folder.name, "algorithm": experiment.algorithm.name,
         "data": f"{experiment.dataset.name} {experiment.dataset.distribution}",
         "model": f"{experiment.model.name}/{experiment.model.width}", "clients": experiment.num_clients,
         "seed": experiment.seed, "rounds": len(rounds), "best": f"{accuracy.max():.3f}",
@@ -52,7 +52,7 @@ def fields_of(
     "What a run can be chosen by: the table's words, and all fields of the experiment by their dotted names."
     experiment = run.history.experiment
     short = {
-        "hash": experiment.hash, "algorithm": experiment.algorithm.name, "data": experiment.dataset.name,
+        "hash": run.folder.name, "algorithm": experiment.algorithm.name, "data": experiment.dataset.name,
         "dataset": experiment.dataset.name, "model": experiment.model.name, "clients": experiment.num_clients,
         "stopped": run.history.stopped,
     }  # fmt: skip
@@ -115,6 +115,7 @@ def find_run(
 ) -> Stored:
     "The run whose hash begins with `start`. `ValueError` if that is none or several, `StoreError` if it is damaged."
     found = [run for run in read_all(store) if run.folder.name.startswith(start)]
+    found = [run for run in found if run.folder.name == start] or found  # one hash with two data sets
     require(bool(found), "hash", start, f"the beginning of the hash of a run in {store} (fsl-sage-runs list)")
     names = ", ".join(run.folder.name for run in found)
     require(len(found) == 1, "hash", start, f"the beginning of one hash only; here of {names}")
@@ -137,7 +138,7 @@ def show_run(
 
     rounds = run.history.rounds
     table = rounds.tail(last).to_string(index=False)
-    title = f"{label(experiment)}, run {experiment.hash}: {len(rounds)} rounds, stopped by {run.history.stopped}"
+    title = f"{label(experiment)}, run {run.folder.name}: {len(rounds)} rounds, stopped by {run.history.stopped}"
     parts = [title, f"in {run.folder}", block("configuration", flat(experiment)), block("made with", run.made_with)]
     return "\n\n".join([*parts, f"last rounds\n{table}"])
 
@@ -156,8 +157,9 @@ def compare_runs(
 
 # %% ../nbs/17b_runs_cli.ipynb #4632a337
 LEFT = re.compile(r"\.(?:(?:server-)?[0-9a-f]{16}|try)-.+")  # what a killed process leaves while it writes
-KEPT = re.compile(r"(?:server-)?([0-9a-f]{16})\.safetensors")  # a checkpoint, of a server between machines too; a model
-LOCK = re.compile(r"(?:server-)?[0-9a-f]{16}\.lock")
+# A checkpoint, of a server between machines too; a model:
+KEPT = re.compile(r"(?:server-)?([0-9a-f]{16}(?:-[0-9a-f]{8})?)\.safetensors")
+LOCK = re.compile(r"(?:server-)?[0-9a-f]{16}(?:-[0-9a-f]{8})?\.lock")
 
 
 def why_prunable(
@@ -182,7 +184,7 @@ def why_prunable(
 # %% ../nbs/17b_runs_cli.ipynb #109fd7b4
 def _name(path: Path) -> str:
     "What the lock for a path is called: the run's hash, or what stands before it."
-    name = re.search("(?:server-)?[0-9a-f]{16}", path.name)
+    name = re.search("(?:server-)?[0-9a-f]{16}(?:-[0-9a-f]{8}(?![0-9a-z_]))?", path.name)
     return name[0] if name else "try"
 
 

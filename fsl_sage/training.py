@@ -89,6 +89,7 @@ class History:
     ledger: pd.DataFrame
     stopped: str  # "rounds": all were run; "budget": `comm_threshold_mb` was reached; "diverged"
     seconds: float | None = None  # that training took, in all parts of a run that was stopped; None: read from a store
+    data: str = ""  # digest of the data set; empty: not known
 
 
 class DivergedError(ArithmeticError):
@@ -377,30 +378,34 @@ def begin(
     root: str | None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     in_flight: int | None,  # clients on the device at a time; None: all
     checkpoint: str | Path | None,  # file to continue from, if it is there
+    data: str | None = None,  # digest that the data set must have; None: any
 ) -> Run:
     "Set a run up, or continue it where the checkpoint stopped. Warns if the checkpoint cannot be used."
     start, fine = time.perf_counter(), "an Experiment, such as preset('smoke') gives"
     require(isinstance(experiment, Experiment), "experiment", experiment, fine)
     from_dict(experiment.to_dict())  # are its plug-ins loaded, as they were?
     dataset, validation = prepare(experiment, device, root)
+    fine = f"{(data or '')[:16]}, as when the run was asked for: a file was replaced, or a plug-in makes other data"
+    require(data in (None, dataset.digest), f"digest of {dataset.name!r}", dataset.digest[:16], fine)
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
     with clients_in_flight(in_flight):
         state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
     register = register_of(state, experiment.clock is not None)
-    done = _continued(checkpoint, state, ledger) or Progress(-int(experiment.algorithm.warm_start))
+    done = _continued(checkpoint, state, ledger, dataset.digest)
+    done = done or Progress(-int(experiment.algorithm.warm_start), data=dataset.digest)
     ledger.phase = "round"
     if checkpoint is not None:
         require_kept(state)
     return Run(bench, state, ledger, register, done, start - done.seconds)
 
 
-def _continued(checkpoint: str | Path | None, state: State, ledger: Ledger) -> Progress | None:
+def _continued(checkpoint: str | Path | None, state: State, ledger: Ledger, data: str) -> Progress | None:
     "The progress in the file, if there is one that can be used; says so if it cannot."
     if checkpoint is None or not Path(checkpoint).exists():
         return None
     try:
-        return load_checkpoint(checkpoint, state, ledger)
+        return load_checkpoint(checkpoint, state, ledger, data)
     except CheckpointError as error:
         warnings.warn(f"{error}: the run begins again", stacklevel=4)
         return None
@@ -498,7 +503,7 @@ def history_of(
     "The rounds so far, as tables."
     done, columns = run.done, ALIGNMENT_COLUMNS
     tables = pd.DataFrame(done.rounds), pd.DataFrame(done.alignments, columns=columns), run.ledger.totals()
-    return History(run.state.experiment, *tables, stopped, run.seconds)
+    return History(run.state.experiment, *tables, stopped, run.seconds, done.data)
 
 # %% ../nbs/09_training.ipynb #04b6a1b1
 @arithmetic("fp32")
@@ -511,10 +516,11 @@ def train_state(
     checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
     checkpoint_seconds: float = 10.0,  # between two checkpoints, more where writing takes long; 0: each round
     callbacks: Sequence[Callback] = (),  # told of each round
+    data: str | None = None,  # digest that the data set must have; None: any
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
     device = choose_device(device)
-    run = begin(experiment, device, root, in_flight, checkpoint)
+    run = begin(experiment, device, root, in_flight, checkpoint, data)
     state, ledger, done = run.state, run.ledger, run.done
 
     def models() -> list[nn.Module]:
@@ -557,13 +563,14 @@ def train(
     in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
     checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
     callbacks: Sequence[Callback] = (),  # told of each round
+    data: str | None = None,  # digest that the data set must have (`digests.data_digest`); None: any
 ) -> History:
     """Run `experiment`.
 
     `DivergedError` when a loss is not finite, with the history so far; `ValueError` names a field that does not fit
     the data.
     """
-    return train_state(experiment, device, root, progress, in_flight, checkpoint, callbacks=callbacks)[0]
+    return train_state(experiment, device, root, progress, in_flight, checkpoint, callbacks=callbacks, data=data)[0]
 
 # %% ../nbs/09_training.ipynb #09d3211b
 def selected(
