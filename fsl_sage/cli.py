@@ -17,6 +17,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import typing
@@ -439,31 +440,45 @@ def train_job(
     progress: bool,  # show a bar
 ) -> None:
     "See that the store has the run, and its model if it was asked for."
+    from fsl_sage.core import atomic_path, require
     from fsl_sage.loggers import LOGGERS
     from fsl_sage.models import KeepModel
     from fsl_sage.runs import RunStore, checkpoint_of, model_of, remove
 
-    store, name, options = RunStore(), job.experiment.hash, job.options
+    store, options = RunStore(), job.options
+    name = store.folder(job.experiment, options.data_root).name
     keep = [KeepModel(store.root)] if options.save else []
     where = options.device, options.data_root, progress, 1
     if not options.resume:
         remove(checkpoint_of(store.root, name))
-    if store.find(job.experiment) is None:
+    if (stored := store.find(job.experiment, options.data_root)) is None:
         store.get([job.experiment], *where, [*keep, *(LOGGERS[logger](store.root) for logger in options.log)])
     elif keep and not model_of(store.root, name).exists():
         print(f"run {name} is stored without its model: trained again to keep it", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            RunStore(folder).get([job.experiment], *where, keep)
+            (again,) = RunStore(folder).get([job.experiment], *where, [KeepModel(folder)])
+            same = again.rounds.equals(stored.rounds)
+            require(same, "save", True, f"left out: trained again, run {name} has other numbers (its data, another "
+                    "machine or another version), and its model would not be that of the stored run. "
+                    f"Move {store.root / name} away to train it anew")  # fmt: skip
+            model_of(store.root, name).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(model_of(store.root, name)) as whole:
+                shutil.copyfile(model_of(Path(folder), job.experiment.hash), whole)
 
 # %% ../nbs/17_cli.ipynb #3af83b79
 def hydra_job(
     config: Any,  # made by `launch`: the words of all jobs, and which job it is
+    sources: Sequence[Any],  # the plug-ins, as they were when the jobs were planned
 ) -> None:
     "What Hydra's launcher runs, in whatever process. A run that fails does not stop the others."
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    (job,) = jobs_of(OmegaConf.to_container(config.words, resolve=False)[config.job])
+    from fsl_sage.plugins import load_sources
+
+    load_sources(sources)
+    words = OmegaConf.to_container(config.words, resolve=False)[config.job]
+    (job,) = jobs_of([word for word in words if not word.startswith("plugins=")])  # loaded already, as they were
     if why := failure(job):
         with suppress(OSError):  # on another machine the folder may not be there
             (Path(HydraConfig.get().sweep.dir) / f"{job.experiment.hash}.failed").write_text(why, "utf-8")
@@ -494,11 +509,17 @@ def launch(
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from fsl_sage.plugins import FILES
     from fsl_sage.runs import default_jobs
 
     defaults = ["_self_", {"override hydra/launcher": "joblib"}]
     node = {"defaults": defaults, "words": [job.words for job in jobs], "job": 0}
     ConfigStore.instance().store(name="fsl_sage", node=node)
+    sources = list(FILES.values())
+
+    def one_job(config: Any) -> None:  # travels with the sources to whatever process
+        hydra_job(config, sources)
+
     before, full, broken = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), False
     with tempfile.TemporaryDirectory(prefix="fsl-sage-") as folder:
         own = [f"hydra.run.dir={_quoted(folder)}", f"hydra.sweep.dir={_quoted(folder)}", "hydra.output_subdir=null",
@@ -507,7 +528,7 @@ def launch(
             own.append(f"hydra.launcher.n_jobs={default_jobs(jobs[0].options.device)}")
         sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["fsl-sage", "--multirun", *own, *hydra_words], "1"  # it raises
         try:
-            hydra.main(version_base="1.3", config_path=None, config_name="fsl_sage")(hydra_job)()
+            hydra.main(version_base="1.3", config_path=None, config_name="fsl_sage")(one_job)()
         except (HydraException, OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise ValueError(f"{' '.join(hydra_words)}: {why}") from error
@@ -533,7 +554,8 @@ def go_on(
     said = [word.partition("=")[2] for word in hydra_words if word.startswith("hydra.launcher.n_jobs=")]
     at_once = int(said[-1]) if said else 0
     stored = RunStore()
-    work = (delayed(_named_failure)(job) for job in jobs if job.options.save or stored.find(job.experiment) is None)
+    work = (delayed(_named_failure)(job) for job in jobs
+            if job.options.save or stored.find(job.experiment, job.options.data_root) is None)
     at_once = at_once if at_once > 0 else default_jobs(jobs[0].options.device)
     return dict(apart(work, at_once, lambda call, error: (call[1][0].experiment.hash, str(error))))
 
@@ -559,10 +581,11 @@ def comparison(
     varied = [key for key in keys if len({str(tree.get(key)) for tree in fields_of.values()}) > 1]
     said = {key for job in jobs for key in job.keys if key not in [f"{group}.name" for group in GROUPS]}
     for job in jobs:
-        history = store.find(job.experiment)
+        history = store.find(job.experiment, job.options.data_root)
         failed += history is None or job.experiment.hash in why
         if history is not None:
-            row = overview(Stored(store.folder(job.experiment), history, store.made_with(job.experiment)))
+            folder = store.folder(job.experiment, job.options.data_root)
+            row = overview(Stored(folder, history, store.made_with(job.experiment)))
             own = fields_of[job.experiment.hash]
             rows.append(row | {key: own.get(key) for key in varied if key in said - set(row)})
     table = pd.DataFrame(rows).drop(columns="finished").to_string(index=False) if rows else ""
@@ -608,8 +631,9 @@ def run(
         print("\n".join(described(job.experiment) for job in jobs))
         return 0
     store = RunStore()
-    asked = [job for job in jobs if store.find(job.experiment) is None
-             or (job.options.save and not model_of(store.root, job.experiment.hash).exists())]  # fmt: skip
+    places = {job.experiment: store.folder(job.experiment, job.options.data_root) for job in jobs}
+    asked = [job for job in jobs if store.find(job.experiment, job.options.data_root) is None
+             or (job.options.save and not model_of(store.root, places[job.experiment].name).exists())]  # fmt: skip
     print(f"{len(jobs)} run{'s' * (len(jobs) > 1)}: {len(jobs) - len(asked)} in the store", file=sys.stderr)
     why: dict[str, str] = {}
     for word in swallowed([job for job in jobs if job not in asked]):

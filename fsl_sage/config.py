@@ -608,13 +608,25 @@ def preset(
     return Experiment().replace(**prescribed).replace(**changes)
 
 # %% ../nbs/05_config.ipynb #d51a798e
+def _annotated(namespace: dict[str, Any]) -> dict[str, Any]:  # types, or texts that are types
+    "The annotated names of a notebook or a module; Python 3.14 keeps no `__annotations__` of executed statements."
+    known = dict(namespace.get("__annotations__") or {})
+    for cell in namespace.get("In", ()):
+        with suppress(SyntaxError):  # a cell with magics
+            for node in ast.parse(cell).body:
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    known.setdefault(node.target.id, ast.unparse(node.annotation))
+    on_demand = namespace.get("__annotate__")
+    return known or (on_demand(1) if on_demand else {})
+
+
 def check_parameters(
     namespace: dict[str, Any],  # the notebook's globals()
 ) -> None:
     """Give the notebook's parameters their annotated types.
 
     `ValueError` if papermill injected one that the notebook does not annotate, one of another type, or no preset."""
-    known = namespace["__annotations__"]
+    known = _annotated(namespace)
     for cell in namespace.get("In", ()):
         if cell.startswith("# Parameters"):  # papermill's mark on the cell it injects
             for node in ast.parse(cell).body:

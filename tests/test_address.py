@@ -271,3 +271,19 @@ def test_runs_of_two_data_sets_at_once_get_two_places():
     store = RunStore().root
     assert run_name(store, EXPERIMENT, digest) == EXPERIMENT.hash
     assert run_name(store, EXPERIMENT, other) == f"{EXPERIMENT.hash}-{other[:8]}"
+
+
+def test_a_model_of_other_numbers_is_not_kept_beside_a_stored_run(capsys):
+    """The run of an earlier version does not say its data, which have changed since."""
+    words = ["dataset=own", "algorithm=fed_avg", "preset=smoke", "device=cpu", "rounds=1", "model=simple_conv"]
+    words += ["dataset.max_train=null", "dataset.max_test=null", "num_clients=2", "model.client.batch_size=16"]
+    put(0)
+    get()
+    file = RunStore().folder(EXPERIMENT) / "provenance.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in about.items() if name not in ("data", "sha256")}))
+    assert main([*words, "save=true"]) == 0
+    model_of(RunStore().root, EXPERIMENT.hash).unlink()
+    put(5)
+    assert main([*words, "save=true"]) == 2 and "other numbers" in capsys.readouterr().err
+    assert not model_of(RunStore().root, EXPERIMENT.hash).exists()

@@ -343,3 +343,16 @@ def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
             store.get([one, two], "cpu", jobs=1)
     assert store.find(one).rounds.equals(before.rounds) and store.find(two) is None
     assert len(store.get([one, two], "cpu", jobs=1)) == 2
+
+
+def test_parameters_are_known_where_python_keeps_no_annotations():
+    """As in Python 3.14, where a namespace has none and a notebook executes its cells statement by statement."""
+    cells = ["%matplotlib inline", "rounds: int = 3\nnames: list[str] = []", "# Parameters\nrounds = 4\n"]
+    namespace = {"In": cells, "rounds": 4, "names": ["a"]}
+    check_parameters(namespace)
+    for extra, message in (("rounds = 'x'", "of type int"), ("round = 1", "did you mean 'rounds'")):
+        name, _, value = extra.partition(" = ")
+        with pytest.raises(ValueError, match=message):
+            check_parameters(namespace | {"In": [*cells, f"# Parameters\n{extra}"], name: eval(value)})
+    with pytest.raises(ValueError, match="of type int"):
+        check_parameters({"__annotate__": lambda format: {"rounds": int}, "rounds": "x"})

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fsl_sage import plugins
+from fsl_sage import cli, plugins
 from fsl_sage.config import PLUGGED, SESSION, MissingPluginError, preset
 from fsl_sage.data import load
 from fsl_sage.loggers import TensorBoard, WandB
@@ -310,3 +310,13 @@ def test_wandb_works_offline(file, tmp_path, monkeypatch):
     load_plugins([file(FLAT)])
     train(small(), "cpu", progress=False, callbacks=[WandB(tmp_path)])
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_file_edited_between_the_jobs_of_a_sweep_changes_nothing(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "runs"))
+    edits = "    open(__file__, 'w').write('1 / 0')\n    pool = nn"
+    path = file(FLAT.replace("    pool = nn", edits))
+    words = ["-m", f"plugins=[{path}]", "model=flat", "algorithm=fed_avg", "preset=smoke", "device=cpu", "seed=1,2"]
+    words += [f"{name}={value}" for name, value in SMALL.items()]
+    assert cli.main([*words, "hydra.launcher.n_jobs=1"]) == 0, capsys.readouterr().err
+    assert path.read_text() == "1 / 0" and len(list((tmp_path / "runs").glob("*/config.json"))) == 2
