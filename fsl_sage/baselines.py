@@ -105,8 +105,9 @@ def splitfed_round(
         for s, x, y in state.batches(i, rnd):
             smashed = client(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
-            loss, cut_grad = server_step(server, at_server, labels)
-            client.step(smashed, link.down(cut_grad=cut_grad))
+            loss, cut_grad = server_step(server, at_server, labels, return_cut_grad=client.learns)
+            if client.learns:
+                client.step(smashed, link.down(cut_grad=cut_grad))
             metrics.loss(i, s, loss)
 
     if many:
@@ -186,8 +187,9 @@ def ssl_round(
         for s, x, y in state.batches(i, rnd):
             smashed = client(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
-            loss, cut_grad = server_step(server, at_server, labels, criterion=criterion)
-            client.step(smashed, link.down(cut_grad=cut_grad))
+            loss, cut_grad = server_step(server, at_server, labels, client.learns, criterion)
+            if client.learns:
+                client.step(smashed, link.down(cut_grad=cut_grad))
             metrics.loss(i, s, loss)
         link.up(client_model=client.model)
     return metrics
@@ -213,9 +215,10 @@ def psl_round(
         arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
         at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
         # 2. One loss over all samples, one step of the server.
-        loss, cut_grad = server_step(server, at_server, labels, criterion=LOSSES[config.loss])
-        # 3. To each client its own slice; every client steps.
-        for z, own, (i, _, y) in zip(smashed, cut_grad.split([len(z) for z in smashed]), batches, strict=True):
+        loss, cut_grad = server_step(server, at_server, labels, state.clients_learn, LOSSES[config.loss])
+        # 3. To each client its own slice; every client steps. (No slices for clients that have nothing to train.)
+        slices = cut_grad.split([len(z) for z in smashed]) if state.clients_learn else ()
+        for z, own, (i, _, y) in zip(smashed, slices, batches, strict=state.clients_learn):
             own = own * (len(labels) / len(y)) if config.per_client_loss else own
             state.clients[i].step(z, ledger.link(rnd, i).down(cut_grad=own))
         metrics.loss(-1, s, loss)

@@ -231,7 +231,7 @@ def load_checkpoint(
     plain, tensors = _read(Path(path), state.experiment)
     if data and plain["progress"].get("data") != data:
         raise CheckpointError(f"{path} is of other data than those called {state.experiment.dataset.name!r} now")
-    device = next(state.parts[0].model.parameters()).device
+    device = state.device
     for kind, parts in _groups(state).items():
         for i in range(len(parts)):
             load_tensors(parts[i], _below(tensors, f"{kind}.{i}."))

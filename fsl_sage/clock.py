@@ -105,11 +105,15 @@ def costs_of(
     y = torch.zeros(n, dtype=torch.long, device="meta")
     smashed = client(x).detach()
 
+    def backward(loss: Tensor) -> None:
+        if loss.requires_grad:  # not where all below it is frozen
+            loss.backward()
+
     def step(network: Callable, x: Tensor) -> float:
-        return _flops(lambda: F.cross_entropy(network(x), y).backward(), n)
+        return _flops(lambda: backward(F.cross_entropy(network(x), y)), n)
 
     counted = {
-        "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: client(x).sum().backward(), n),
+        "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: backward(client(x).sum()), n),
         "server": step(server, smashed), "exact": step(server, smashed.clone().requires_grad_()),
         "target": _flops(lambda: estimate_cut_grad(server, smashed, y), n), "smashed": tensor_bytes(smashed) // n,
         "client_bytes": tensor_bytes(client), "server_bytes": tensor_bytes(server),

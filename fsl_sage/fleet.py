@@ -128,6 +128,7 @@ class Fleet(Sequence[Part]):
                 slot = self._free.pop() if self._free else self._rest.make_room(self._working, self._pinned)
                 self._rest.wake(i, slot)
                 self._working[i] = slot
+                slot.owner = (*slot.owner[:1], i)
             self._working.move_to_end(i)
             return self._working[i]
 

@@ -242,7 +242,7 @@ def own_state(
     "What a client must remember."
     groups = [[parts[place]] if parts else [] for parts in (state.clients, state.auxes)]
     upper = state.servers[place : place + 1]  # a client's own where there is one for each; else it is at the server
-    upper = [part for part in upper if not next(part.model.parameters()).is_meta]
+    upper = [part for part in upper if not any(parameter.is_meta for parameter in part.model.parameters())]
     return State(state.experiment, [state.data[place]], groups[0], upper, groups[1])
 
 # %% ../nbs/20_flower.ipynb #39c174f4

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .checkpoint import Progress
 from .config import Experiment
 from .core import arithmetic, as_tensors, require, tensor_bytes
-from .federation import Algorithm, LocalData, Metrics, State, asked_clients, only_global, take_part
+from .federation import Algorithm, LocalData, Metrics, State, asked_clients, only_global, round_stream, take_part
 from .ledger import Ledger, Link, framing_bytes
 from .split import Part
 from fsl_sage.training import (
@@ -63,7 +63,8 @@ class Placed(Part):
         if x.shape not in self.shapes:
             with torch.no_grad():
                 self.shapes[x.shape] = deepcopy(self.model).to("meta").train()(torch.empty_like(x)).shape
-        return _Absent.apply(x, self.shapes[x.shape], next(self.model.parameters()).dtype)
+        dtypes = (parameter.dtype for parameter in self.model.parameters())
+        return _Absent.apply(x, self.shapes[x.shape], next(dtypes, x.dtype))
 
     def step(
         self,
@@ -422,8 +423,12 @@ def play(
 ) -> Metrics:
     "This place's part of one round."
     take_part(state, clients, rnd, ledger)
-    with arithmetic(state.experiment.precision):
+    with arithmetic(state.experiment.precision), round_stream(state) as moved:
         metrics = algorithm.run_round(state, rnd, ledger)
+        if moved():
+            name = state.experiment.algorithm.name
+            raise ValueError(f"algorithm.name={name!r} draws from a global random stream, which differs from place to "
+                             "place: draw from core.generator(seed, client, round) between machines")  # fmt: skip
     share_losses(metrics, ledger)
     return metrics
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import AlgorithmConfig, Experiment
-from .core import generator, require
+from .core import generator, random_stream, require
 from fsl_sage.federation import (
     Algorithm, LocalData, Metrics, State, broadcast, init_parts, make_part, n_active, n_asked, one_per_client,
 )  # fmt: skip
@@ -269,9 +269,8 @@ def widened(
     server: nn.Module,  # for one client; copied
 ) -> ManyHeads:
     "The server for `concat_channels`, its new layers drawn from the initialisation's stream."
-    device = next(server.parameters()).device
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(generator(experiment.init_seed, "init", "heads").initial_seed())
+    device = next(data[0].batches(0, 0))[0].device
+    with random_stream(generator(experiment.init_seed, "init", "heads"), device), torch.no_grad():
         smashed = client.eval()(torch.zeros(1, *data[0].image_shape, device=device))
         client.train()
         return fast_layout(ManyHeads(server, smashed, len(data)).to(device).train())
@@ -329,9 +328,9 @@ def run_round(
         # 3. Each client's slice of the gradient.
         loss, cut_grads = joint_step(state, rnd, s, arrived)
         # 4. SplitAvg: the active clients all get their average, in one message. The others get their own.
-        received = send_average(state, rnd, s, cut_grads, ledger)
+        received = send_average(state, rnd, s, cut_grads, ledger) if state.clients_learn else {}
         # 5. Every client steps. Nobody exchanges models.
-        for i, z in smashed.items():
+        for i, z in smashed.items() if state.clients_learn else ():
             own = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=cut_grads[i])
             state.clients[i].step(z, own)
         metrics.loss(-1, s, loss)

@@ -33,7 +33,7 @@ from .config import Experiment, from_dict
 from .checkpoint import CheckpointError, Progress, load_checkpoint, require_kept, save_checkpoint
 from .core import arithmetic, choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
-from .federation import Algorithm, Metrics, State, require_only_present, take_part
+from .federation import Algorithm, Metrics, State, require_only_present, round_stream, take_part
 from .fleet import clients_in_flight
 from .ledger import Ledger
 from .sage import SAGE
@@ -219,9 +219,10 @@ class Bench:
         if not due:
             return dict.fromkeys(names, math.nan)
         models = self.algorithm.evaluation_models(state)
-        results = list(evaluate_mean(models, self.dataset.test, self.dataset, self.criterion))
-        if self.validation is not None:
-            results.append(evaluate_mean(models, self.validation, self.dataset)[0])
+        with state.draws.stream("evaluation"):  # for layers that draw there, too
+            results = list(evaluate_mean(models, self.dataset.test, self.dataset, self.criterion))
+            if self.validation is not None:
+                results.append(evaluate_mean(models, self.validation, self.dataset)[0])
         return dict(zip(names, results, strict=True))
 
 # %% ../nbs/09_training.ipynb #8df7fde1
@@ -445,7 +446,7 @@ def one_round(
     state, ledger = run.state, run.ledger
     run_round, sent = run.bench.algorithm.run_round if rnd >= 0 else cse_fsl_round, len(ledger.transfers)
     take_part(state, attendance.clients, rnd, ledger)
-    with arithmetic(state.experiment.precision):
+    with arithmetic(state.experiment.precision), round_stream(state):
         metrics = run_round(state, rnd, ledger)
     if len(attendance.clients) < len(state.data):
         require_only_present(state, ledger.transfers[sent:])
