@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .auxiliary import estimate_cut_grad, estimate_error, true_cut_grad
+from .clock import attendances
 from .config import Experiment
-from .core import arithmetic, choose_device, require
+from .core import arithmetic, choose_device, generator, random_stream, require
 from .federation import State
-from .ledger import Ledger
 from .plots import TEXT, new_figure
-from .training import ALGORITHMS, client_data, prepare
+from .training import begin, is_spent, one_round
 
 # %% ../nbs/15a_watch.ipynb #a3367568
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def look(
     require(len(state.auxes) > 0, "state", type(state).__name__, fine)
     client, server, aux = (deepcopy(part.model) for part in (state.clients[i], state.servers[0], state.auxes[i]))
     x, y = next(state.data[i].batches(rnd, 0))
-    with torch.no_grad():
-        smashed = client(x)
-    seen = x, y, smashed, true_cut_grad(server, smashed, y), estimate_cut_grad(aux, smashed, y)[0]
+    with random_stream(generator(state.experiment.sampling_seed, "look", i, rnd), x.device):
+        with torch.no_grad():
+            smashed = client(x)
+        seen = x, y, smashed, true_cut_grad(server, smashed, y), estimate_cut_grad(aux, smashed, y)[0]
     return Look(*(tensor.cpu() for tensor in seen))
 
 # %% ../nbs/15a_watch.ipynb #2b0a73d5
@@ -70,24 +71,20 @@ def watched_rounds(
     experiment: Experiment,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-    ledger: Ledger | None = None,  # what was sent; None: nobody wants to know
 ) -> Iterator[tuple[int, State]]:  # round, from -1; the state after it, which the next round changes
-    "Run `experiment`'s rounds one by one. Nothing is evaluated. `ValueError` with absent clients or a warm start."
-    require(experiment.participation == 1, "participation", experiment.participation, "1 for a run that is watched")
-    warm = experiment.algorithm.warm_start
-    require(not warm, "algorithm.warm_start", warm, "false for a run that is watched")
-    algorithm, ledger = ALGORITHMS[experiment.algorithm.name], ledger or Ledger(phase="start")
+    "Run `experiment`'s rounds one by one, as `train` does, until its rounds or its budget end. Nothing is evaluated."
     with arithmetic("fp32"):
-        data = client_data(experiment, prepare(experiment, choose_device(device), root)[0])
-        state = algorithm.init(experiment, data, ledger)
-    yield -1, state
-    ledger.phase = "round"
-    for rnd in range(experiment.rounds):
-        with arithmetic(experiment.precision):
-            algorithm.run_round(state, rnd, ledger)
-        for part in state.parts:
+        run = begin(experiment, choose_device(device), root, None, None)
+    if run.done.next_round == 0:  # no warm start, which is a round -1
+        yield -1, run.state
+    attending = attendances(experiment, run.register.samples, run.register.costs)
+    for rnd, attendance in zip(range(run.done.next_round, experiment.rounds), attending, strict=False):
+        one_round(run, rnd, attendance)
+        for part in run.state.parts if rnd >= 0 else ():
             part.step_schedule()
-        yield rnd, state
+        yield rnd, run.state
+        if is_spent(experiment, run.ledger):
+            return
 
 # %% ../nbs/15a_watch.ipynb #2b4c99ce
 def strongest(
