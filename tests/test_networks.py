@@ -5,11 +5,15 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from fsl_sage import plugins
 from fsl_sage.auxiliary import AUXILIARIES, auxiliary_model, estimate_cut_grad, true_cut_grad
-from fsl_sage.config import preset
+from fsl_sage.config import PLUGGED, preset
+from fsl_sage.federation import FixedData, init_parts
+from fsl_sage.plugins import split_model as split_model_of
 from fsl_sage.split import MODELS, BasicBlock, Padding, Part, resnet, split_model
-from fsl_sage.training import train
+from fsl_sage.training import ALGORITHMS, set_up, train, train_state
 
 SMASHED = {
     "resnet18": (128, 28, 28), "resnet50": (512, 28, 28), "resnet152": (512, 28, 28),
@@ -125,3 +129,182 @@ def test_training(name):
     changes = {"model.name": name, "model.width": 4, "rounds": 1, "num_clients": 2, "dataset.max_train": 64}
     history = train(preset("smoke", "fsl_sage", **changes, **{"model.auxiliary.size": "one_block"}), "cpu", False)
     assert len(history.alignments) == 2 and history.rounds.test_loss.notna().all()
+
+
+@pytest.fixture
+def network():
+    """A network of one's own, by name; it is forgotten after the test."""
+    names = []
+
+    def add(build, cut="0"):
+        names.append(f"own{len(names)}")
+        split_model_of(names[-1], cut=cut)(build)
+        return names[-1]
+
+    yield add
+    for home in {plugins._home(tag) for tag in PLUGGED.values()}:
+        plugins.forget(home)
+
+
+def lines(*layers, first=None):
+    """A builder of a small network: `first`, a pool, a flattening and `layers`, all functions of the arguments."""
+
+    def build(channels, classes, size, width):
+        head = [make(width, classes) for make in layers] or [nn.Linear(4 * width, classes)]
+        start = first(channels, width) if first else nn.Conv2d(channels, width, 3)
+        return nn.Sequential(start, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *head)
+
+    return build
+
+
+def own(name, algorithm="fed_avg", **changes):
+    aux = {"model.auxiliary.size": "first_layers"} if algorithm in ("fsl_sage", "cse_fsl") else {}
+    small = {"dataset.max_train": 60, "dataset.val_size": 0, "dataset.max_test": 20, "rounds": 1, "model.width": 4}
+    small |= {"dataset.distribution": "iid", "model.name": name}
+    return preset("smoke", algorithm, **small | aux | changes)
+
+
+class Counts(nn.Sequential):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Coin(nn.Sequential):
+    def forward(self, x):
+        x = super().forward(x)
+        return x if torch.rand(1).item() < 0.5 else 2 * x
+
+
+class View(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def hooked(*args):
+    net = lines()(*args)
+    net.register_forward_pre_hook(lambda module, x: (x[0] * 0,))
+    return net
+
+
+REFUSED = {
+    "lazy": (lines(lambda w, k: nn.LazyLinear(k)), r"layer '3' \(LazyLinear\) of the server's half has no weights yet"),
+    "weight_norm": (lines(first=lambda c, w: nn.utils.weight_norm(nn.Conv2d(c, w, 3))),
+                    r"layer '0' .* of the client's half keeps 'weight'.*parametrizations"),
+    "spectral_norm": (lines(lambda w, k: nn.utils.spectral_norm(nn.Linear(4 * w, k))),
+                      r"layer '3' .* of the server's half keeps 'weight'.*parametrizations"),
+    "half": (lines(first=lambda c, w: nn.Conv2d(c, w, 3).half()),
+             r"layer '0' .* of the client's half .*float16; leave"),
+    "double": (lines(lambda w, k: nn.Linear(4 * w, k).double()), r"layer '3' .* of the server's half .*float64; leave"),
+    "few outputs": (lines(lambda w, k: nn.Linear(4 * w, k - 1)),
+                    r"layer '3' \(Linear\) of the server's half gives \(2, 9\) .* 10 classes; build it"),
+    "wrong inputs": (lines(lambda w, k: nn.Linear(3, k)), r"layer '3' .* of the server's half cannot take its input"),
+    "nothing to train": (lambda *args: lines()(*args).requires_grad_(False), "nothing to train; give one"),
+    "detached": (lines(first=lambda c, w: Detached(c, w, 3)), "output of the client's half does not depend on its"),
+    "hook": (hooked, "would lose the hooks of Sequential; register them on a layer"),
+    "counter": (lambda *args: Counts(*lines()(*args)), "changes the attribute 'calls' of Counts.*let a layer inside"),
+    "coin": (lambda *args: Coin(*lines()(*args)), "draws random numbers outside its layers.*let a layer inside"),
+}  # fmt: skip
+
+
+class Detached(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_network_of_ones_own_cannot_do_is_named_before_the_first_round(network, kind):
+    build, message = REFUSED[kind]
+    name = network(build)
+    with pytest.raises(ValueError, match=f"model.name='{name}'.*{message}"):
+        set_up(own(name))
+
+
+def test_advice_for_networks_can_be_followed(network):
+    parametrized = lambda c, w: nn.utils.parametrizations.weight_norm(nn.Conv2d(c, w, 3))  # noqa: E731
+
+    def passed_through(channels, classes, size, width):
+        net = lines(lambda w, k: nn.LazyLinear(k))(channels, classes, size, width)
+        net(torch.zeros(1, channels, size, size))
+        return net
+
+    for build in (lines(first=parametrized), passed_through, lines(lambda w, k: nn.Linear(4 * w, k))):
+        assert len(train(own(network(build)), "cpu", progress=False).rounds) == 1
+
+
+def test_a_view_of_a_map_needs_the_ordinary_layout(network):
+    def build(channels, classes, size, width):
+        conv = nn.Conv2d(width, width, 3, 2)
+        layers = [conv, nn.AdaptiveAvgPool2d(2), View(), nn.Linear(4 * width, classes)]
+        return nn.Sequential(nn.Conv2d(channels, width, 3), *layers)
+
+    assert len(train(own(network(build)), "cpu", progress=False).rounds) == 1
+
+
+HALVES = {"client": "0", "server": "3"}
+
+
+@pytest.mark.parametrize("frozen", HALVES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_frozen_half_stays_and_the_other_is_trained(network, algorithm, frozen):
+    def build(*args):
+        net = lines()(*args)
+        net.get_submodule(HALVES[frozen]).requires_grad_(False)
+        return net
+
+    experiment = own(network(build), algorithm)
+    states = [set_up(experiment), (done := train_state(experiment, "cpu", progress=False))[1]]
+    parts = [{"client": state.clients[0].model, "server": state.servers[0].model} for state in states]
+    for half in HALVES:
+        before, after = (model[half].state_dict() for model in parts)
+        assert all(torch.equal(before[name], after[name]) for name in before) == (half == frozen), half
+    assert ("cut_grad" in set(done[0].ledger.kind)) == (
+        frozen == "server" and algorithm not in ("centralised", "fed_avg", "cse_fsl", "fsl_sage")
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["fed_avg", "sl_single_server", "sglr", "cse_fsl", "fsl_sage"])
+def test_a_half_without_parameters(network, algorithm, tmp_path):
+    def lower(channels, classes, size, width):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, classes))
+
+    def upper(channels, classes, size, width):
+        return nn.Sequential(nn.Conv2d(channels, classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    for build in lower, upper:
+        experiment = own(network(build), algorithm, rounds=2)
+        assert train(experiment, "cpu", progress=False, in_flight=3).rounds.test_loss.notna().all()
+
+
+def test_layers_that_the_builder_or_train_keeps_in_evaluation_stay_there(network):
+    class Keeps(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    def normed(kind, *args):
+        net = lines()(*args)
+        return kind(net[0], nn.BatchNorm2d(args[3]), *net[1:])
+
+    def built(*args):
+        net = normed(nn.Sequential, *args)
+        net[1].eval()
+        return net
+
+    counted = []
+    for build in (lambda *args: normed(Keeps, *args), built, lambda *args: normed(nn.Sequential, *args)):
+        _, state = train_state(own(network(build, "1"), rounds=2), "cpu", progress=False)
+        counted.append(state.clients[0].model.state_dict()["1.num_batches_tracked"].item())
+    assert counted[:2] == [0, 0] and counted[2] > 0
+
+
+def test_images_that_are_not_square(network):
+    data = [FixedData(torch.randn(4, 1, 12, 16), torch.arange(4), 4)] * 3
+    whole = "model.name='simple_conv': layer 'fc1' .* of the server's half cannot take .* 1 × 12 × 16.*crop or pad"
+    with pytest.raises(ValueError, match=whole):
+        init_parts(own("simple_conv"), data)
+    for name in "resnet18", network(lines()):
+        assert len(init_parts(own(name), data)["clients"]) == 3

@@ -1,0 +1,77 @@
+"""Alignments that would fail in a later round are refused before the first; a run that is watched is the run."""
+
+import pytest
+import torch
+
+from fsl_sage.config import preset
+from fsl_sage.federation import FixedData, init_parts
+from fsl_sage.ledger import Ledger
+from fsl_sage.sage import aligned_sizes, init
+from fsl_sage.training import set_up, train_state
+from fsl_sage.watch import watched_rounds
+
+NORMED = {"model.name": "resnet18", "model.width": 2, "rounds": 4}
+
+
+def samples(*sizes):
+    return [FixedData(torch.randn(n, 1, 28, 28), torch.arange(n) % 10, 32) for n in sizes]
+
+
+def refused(message, call, *args):
+    with pytest.raises(ValueError, match=message):
+        call(*args)
+
+
+@pytest.mark.parametrize("participation", [1.0, 0.7])
+def test_buffers_grow_as_they_were_foretold(participation):
+    changes = {"rounds": 5, "participation": participation, "algorithm.align_epochs": 1, "model.width": 1}
+    changes |= {"algorithm.max_dataset_size": 300, "algorithm.server_update_interval": 2, "model.client.epoch": 2}
+    history, state = train_state(preset("smoke", **changes), "cpu", progress=False)
+    for i, data in enumerate(state.data):
+        seen = history.alignments[history.alignments.client == i]
+        seen = list(zip(seen["round"], seen.buffer_size, strict=True))
+        foretold = list(aligned_sizes(state.experiment, len(data), i))
+        assert foretold and seen[: len(foretold)] == foretold
+        assert all(size == foretold[-1][1] for _, size in seen[len(foretold) :])
+
+
+def test_an_alignment_that_leaves_one_sample_is_refused_before_the_first_round():
+    changes = {"algorithm.align_batch_size": 159, "model.auxiliary.size": "server_copy"}
+    experiment, data = preset("smoke", **NORMED | changes), samples(200, 200, 200)
+    says = r"size=159: must be such that no batch .* \(client 0's buffer has 160 in round 2\).*; 1000 would do"
+    refused(says, init, experiment, data, Ledger())
+    init(experiment.replace(**{"algorithm.align_batch_size": 1000}), data, Ledger())
+    set_up(experiment.replace(**{"model.name": "simple_conv", "model.auxiliary.size": "default"}))  # no BatchNorm
+
+
+def test_a_buffer_of_one_sample_is_refused_before_the_first_round():
+    experiment = preset("smoke", **NORMED | {"algorithm.max_dataset_size": 1})
+    refused("algorithm.max_dataset_size=1: must be .* BatchNorm needs 2", set_up, experiment)
+
+
+def test_the_advice_for_batches_of_one_sample_helps():
+    experiment = preset("smoke", "fed_avg", **NORMED | {"num_clients": 2})
+    for batch_size, sizes, advised in ((32, (33, 34), 34), (1, (4, 6), 2)):
+        wrong = experiment.replace(**{"model.client.batch_size": batch_size})
+        refused(f"batch_size={batch_size}: must be .*; {advised} would do", init_parts, wrong, samples(*sizes))
+        init_parts(wrong.replace(**{"model.client.batch_size": advised}), samples(*sizes))
+    says = r"num_clients=2: .*2 samples or more \(client 1 has 1\).*fewer clients"
+    refused(says, init_parts, experiment.replace(**{"model.client.batch_size": 4}), samples(5, 1))
+
+
+def test_joint_alignment_needs_all_clients_on_the_device():
+    experiment = preset("smoke", rounds=1, **{"algorithm.align_jointly": True, "model.width": 1})
+    refused("in_flight=1: must be all 3 clients", lambda: train_state(experiment, "cpu", progress=False, in_flight=1))
+
+
+@pytest.mark.parametrize("changes", [
+    {"comm_threshold_mb": 0.05, "rounds": 4}, {"participation": 0.4, "rounds": 2},
+    {"algorithm.warm_start": True, "rounds": 1},
+])  # fmt: skip
+def test_a_run_that_is_watched_is_the_run(changes):
+    experiment = preset("smoke", **{"model.width": 1, "algorithm.align_epochs": 1} | changes)
+    history, trained = train_state(experiment, "cpu", progress=False)
+    *_, (rnd, state) = watched_rounds(experiment, "cpu")
+    assert rnd == history.rounds["round"].iloc[-1]
+    for one, two in zip(trained.parts, state.parts, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
