@@ -10,7 +10,6 @@ from asking import small
 from proxy import Proxy
 from test_faults import assert_simulated
 
-from fsl_sage.certificates import make_certificates
 from fsl_sage.runs import RunStore
 
 pytest.importorskip("flwr", reason="no flwr (the extra `distributed`): faults are tested without its processes")
@@ -67,17 +66,18 @@ def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
     """SIGKILL in round 1, SIGSTOP past the deadline in round 2, stalls and resets in round 3, delays all the time."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
     experiment = small("cse_fsl", rounds=4)
-    keys = make_certificates(tmp_path / "certs", ["server.example"], 2)[1:]
-    with federate.federation(tmp_path, [], tmp_path / "certs") as here, Proxy(here.port) as proxy:
-        proxy.mode = "delay"
+    with federate.Processes(tmp_path) as processes, Proxy(0) as proxy:
+        here = federate.Federation(processes, anyone=True, environment={"OMP_NUM_THREADS": "1"})
+        here.link()  # without keys, as with --insecure: the proxy's connections are a stranger's
+        proxy.target, proxy.mode = here.port, "delay"
         for i in range(2):
-            here.node(i, NODE, f"127.0.0.1:{proxy.port}" if i == 0 else None, keys[i])
+            here.node(i, NODE, f"127.0.0.1:{proxy.port}" if i == 0 else None)
         run = Run(here, experiment)
         run.wait_for("round 0:")
         for process in when_at_work(here, "client-1"):
             process.kill()
         killed = time.monotonic()
-        here.node(1, NODE, certificates=keys[1])
+        here.node(1, NODE)
         print(f"round 1 ended {run.wait_for('round 1:') - killed:.0f} s after client 1 was killed")
         stopped = when_at_work(here, "client-1")
         for process in stopped:
