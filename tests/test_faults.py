@@ -92,7 +92,7 @@ def changed(position, change):
     """Spoil one message of an answer: `change` makes new tensors of its tensors."""
 
     def spoil(ups):
-        return [encode(change(decode(up)[0])) if up is ups[position] else up for up in ups]
+        return [encode(change(decode(up)[0]), decode(up)[1]) if up is ups[position] else up for up in ups]
 
     return spoil
 
@@ -107,7 +107,7 @@ SPOILED = {
     "nothing": (lambda ups: [], "smashed, labels of client {}: not in its answer"),
     "noise": (lambda ups: [b"\0" * len(ups[0]), *ups[1:]], "smashed, labels of client {}: no message of ours"),
     "half a message": (lambda ups: [ups[0][: len(ups[0]) // 2]], "smashed, labels of client {}: .* bytes, where"),
-    "too many bytes": (changed(0, lambda t: t | {"more.": torch.zeros(9)}), "smashed, labels of client {}: .* bytes"),
+    "too many bytes": (changed(0, lambda t: t | {"more.": torch.zeros(99)}), "labels of client {}: .* bytes, where"),
     "wrong shape": (changed(0, lambda t: {n: v[None] for n, v in t.items()}), "smashed, labels of client {}"),
     "wrong type": (
         changed(-2, lambda t: {n: v.view(torch.int32) if v.is_floating_point() else v for n, v in t.items()}),
@@ -322,7 +322,7 @@ class Nodes(GridExchange):
     [
         ({1: {10: 0, 77: 1}}, {}),  # started again between two rounds
         ({1: {10: 0}, 2: {10: 0, 77: 1}}, {1: [1]}),  # gone for a round
-        ({1: {10: 0, 11: "silent", 77: 1}}, {}),  # the old one is still in the list
+        ({1: {10: 0, 11: "silent", 77: 1}, 2: {10: 0, 77: 1}}, {1: [1]}),  # the old one is in the list for a while
         ({1: {10: 0, 11: "silent"}, 2: {10: 0, 11: 1}}, {1: [1]}),  # it hangs, then goes on
         ({1: {10: 0, 11: 1, 12: "silent"}}, {}),  # a stranger
     ],
