@@ -33,11 +33,11 @@ from .certificates import make_certificates
 from .cli import Job, jobs_of, on_terminal
 from .config import Experiment
 from .core import require
-from .flower import check_asked
+from .flower import check_asked, most_bytes
 from .gate import NoGate, Refused, knock, own_key
 from .processes import Processes, listening
-from .runs import checkpoint_of, store_root
-from .shares import read_arrays, share_path, write_shares
+from .runs import store_root
+from .shares import private_folder, read_arrays, share_path, write_shares
 
 if TYPE_CHECKING:
     from socket import socket
@@ -247,7 +247,7 @@ class Federation(Commands):
         place = f"client-{client}"
         known, own = self.folder / f"{place}.toml", self.folder / place
         known.write_text(toml({"partition-id": client, "folder": str(own)} | config), "utf-8")
-        own.mkdir(exist_ok=True)
+        private_folder(own)
         words = ["--superlink", server or self.address, "--node-config", known, *client_tls(certificates)]
         words += ["--max-wait-time", str(patience)] if patience else []
         return self.gated(place, "flower-supernode", words, listening(), {})
@@ -301,7 +301,7 @@ def follow(
                 bar.update()
             elif text.startswith("stored in "):
                 stored = Path(text.removeprefix("stored in "))
-            elif text.startswith(("round ", "client ")):  # who was left out, and why
+            elif text.startswith(("round ", "client ", "clients ", "node ")):  # who was left out, and why
                 bar.write(text, file=sys.stderr)
             elif re.match(r"[\w.]*(Error|Exception)\b", text):
                 why = text
@@ -362,13 +362,13 @@ def local(args: argparse.Namespace, words: Sequence[str]) -> None:
     job, n = asked(words, args.clients), args.clients
     folder, device = Path(tempfile.mkdtemp(prefix="fsl_sage-")), job.options.device
     failed = False
-    checkpoint_of(store_root(), f"server-{job.experiment.hash}").unlink(missing_ok=True)  # its clients' files are gone
     try:
         shares = write_shares(job.experiment, folder / "shares", job.options.data_root)
         nodes = [{"device": device, "data": str(path)} for path in shares]
         print(f"a server and {n} client{'s' * (n > 1)}, each a process of its own", file=sys.stderr)
         with federation(folder, nodes, temporary=True) as here:
-            run = here.submit(run_config(job.experiment, device, args.patience, job.options.data_root))
+            told = run_config(job.experiment, device, args.patience, job.options.data_root)
+            run = here.submit(told | {"anew": True})  # the clients' files of an earlier run are gone
             tell(follow(here.said(run), job.experiment.rounds))
     except RuntimeError as error:
         failed = True
@@ -382,7 +382,8 @@ def tell(
     folder: Path,  # of a stored run
 ) -> None:
     "Say where a run is."
-    print(f"run {folder.name} is in {folder}: fsl-sage-runs show {folder.name[:8]}")
+    elsewhere = "" if folder.parent == store_root() else f" --runs {folder.parent}"
+    print(f"run {folder.name} is in {folder}: fsl-sage-runs show {folder.name[:8]}{elsewhere}")
 
 # %% ../nbs/22_federate.ipynb #ee7fb167
 def split(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -415,7 +416,7 @@ def server(args: argparse.Namespace, words: Sequence[str]) -> None:
     with Processes(args.folder) as processes:
         here = Federation(processes, args.port, args.host, own, anyone=args.insecure)
         try:
-            here.link()
+            here.link(most_bytes(job.experiment, job.options.data_root))
             with refusals(here.folder / "server.log"):
                 if own:
                     here.register()

@@ -7,8 +7,9 @@ __all__ = ['log', 'ONE_EXCHANGE', 'Answer', 'Exchange', 'MARGIN', 'MOST_ROUNDS',
            'ask', 'begin_round', 'leave_out', 'end_round', 'remembered', 'plain_of', 'remember', 'NotYet',
            'AnsweringMail', 'own_state', 'client_file', 'ask_fits', 'forget_others', 'load_late', 'catch_up', 'digest',
            'about_client', 'answer', 'introduced', 'meet', 'rows_of', 'set_out', 'everyone_of', 'go_on', 'get_to_know',
-           'only_server', 'smashed_size', 'check_asked', 'ask_clients', 'account', 'opened', 'looked_at', 'number_in',
-           'replies_to', 'Seats', 'Silence', 'GridExchange', 'registered', 'server_app', 'own_data', 'client_app']
+           'most_bytes', 'only_server', 'smashed_size', 'check_asked', 'ask_clients', 'account', 'opened', 'looked_at',
+           'number_in', 'replies_to', 'Seats', 'Silence', 'GridExchange', 'registered', 'server_app', 'own_data',
+           'client_app']
 
 # %% ../nbs/20_flower.ipynb #39aa5904
 import hashlib
@@ -27,13 +28,13 @@ import torch
 import fsl_sage
 from .checkpoint import CheckpointError, Progress, load_beside, load_checkpoint, save_checkpoint
 from .config import Experiment, from_dict
-from .core import choose_device, one_of, require
+from .core import choose_device, one_of, printable, require
 from .data import ClientData, Dataset, eval_batches
 from .federation import Algorithm, LocalData, State, asked_clients
 from .ledger import Ledger
 from fsl_sage.remote import (
     NOTE, SERVER, Guard, MessageError, Outline, WireLedger, check, check_remote, check_stamp, decode, due_bytes, encode,
-    join, line, outline_of, outlines, place_name, play, printable, serve, step_schedules, take_places,
+    join, line, outline_of, outlines, place_name, play, serve, step_schedules, take_places,
 )  # fmt: skip
 from .runs import RunStore, checkpoint_of, run_lock
 from .shares import private_folder, read_share
@@ -532,6 +533,17 @@ def get_to_know(
     due = {len(one): due_bytes(experiment, algorithm, one) for one in everyone}
     mail.limits = [due[len(one)] + MARGIN for one in everyone]
 
+# %% ../nbs/20_flower.ipynb #d1261a27
+def most_bytes(
+    experiment: Experiment,
+    root: str | None = None,  # the server's folder with data sets
+) -> int:
+    "Bytes that a client's answer may have at most."
+    check_asked(experiment)
+    split = client_data(experiment, prepare(experiment, torch.device("cpu"), root)[0])
+    largest = outline_of(max(split, key=len), split[0].batch_size)
+    return due_bytes(experiment, ALGORITHMS[experiment.algorithm.name], largest) + MARGIN
+
 # %% ../nbs/20_flower.ipynb #b303c415
 @contextmanager
 def only_server(
@@ -753,7 +765,7 @@ class GridExchange:
     ):
         self.grid, self.n, self.seconds, self.known = grid, n, seconds, nodes is not None
         self.nodes: dict[int, int] = dict(nodes or {})  # client → node
-        self.seats, self.strangers, self.clients = Seats(n), Silence(), Silence()
+        self.seats, self.silent_nodes, self.silent_clients = Seats(n), Silence(), Silence()
 
     def __call__(self, questions: dict[int, Question]) -> dict[int, Answer]:
         start = any(question.round < 0 for question in questions.values())
@@ -765,13 +777,13 @@ class GridExchange:
         here, now = set(self.grid.get_node_ids()), max(question.round for question in questions.values())
         no = {i: MessageError("is not there") for i in questions if self.nodes.get(i) not in here}
         for i in questions.keys() - no.keys():
-            if self.clients.rests(i, now):
-                again = f"is asked again in round {self.clients.until[i]:.0f}"
-                no[i] = MessageError(f"has been silent {self.clients.times[i]} times, {again}")
+            if self.silent_clients.rests(i, now):
+                again = f"is asked again in round {self.silent_clients.until[i]:.0f}"
+                no[i] = MessageError(f"has been silent {self.silent_clients.times[i]} times, {again}")
         clients = {self.nodes[i]: i for i in questions if i not in no}
         replies = self._send({node: questions[i] for node, i in clients.items()})
         for node, i in clients.items():
-            self.clients.note(i, node in replies, now)
+            self.silent_clients.note(i, node in replies, now)
         came = {clients[node]: looked_at(reply, clients[node]) for node, reply in replies.items()}
         return came if start else no | came
 
@@ -787,12 +799,12 @@ class GridExchange:
     def _meet(self) -> dict[int, Answer]:
         "Ask new nodes who they are."
         here, now, answers = set(self.grid.get_node_ids()), time.monotonic(), {}
-        new = [node for node in sorted(here - self.seats.claims.keys()) if not self.strangers.rests(node, now)]
+        new = [node for node in sorted(here - self.seats.claims.keys()) if not self.silent_nodes.rests(node, now)]
         replies = self._send(dict.fromkeys(new, Question(-1)))
         for node in new:
             client = number_in(replies.get(node))
             self.seats.claim(node, client)
-            self.strangers.note(node, client is not None, now, 10 * self.seconds)
+            self.silent_nodes.note(node, client is not None, now, 10 * self.seconds)
         self.nodes = self.seats.seated(here)
         for client, node in self.nodes.items():
             if node in replies:

@@ -1009,13 +1009,18 @@ class RunStore(StoredRuns):
         history: History,  # of a run that did not diverge
         wall_seconds: float | None = None,  # what it took
         device: str | torch.device = "auto",  # what it was trained on
+        federation: dict[str, Any] | None = None,  # what makes it another run than the simulation; None: nothing
     ) -> Path:  # the run's folder
         "Store a finished run. One of the same experiment that is there already stays. `ValueError` if it diverged."
         require(history.stopped != "diverged", "history.stopped", history.stopped, "'rounds' or 'budget'")
-        folder = self.root / run_name(self.root, history.experiment, history.data)
+        root, made_with = self.root, provenance(device, wall_seconds) | {"data": history.data}
+        if federation:
+            account = hashlib.sha256(json.dumps(federation, sort_keys=True).encode()).hexdigest()[:8]
+            root, made_with["federation"] = root / "federated" / f"{history.experiment.hash}-{account}", federation
+        folder = root / run_name(root, history.experiment, history.data)
         if not folder.exists():
-            with run_lock(self.root, folder.name):
-                put_run(folder, history, provenance(device, wall_seconds) | {"data": history.data})
+            with run_lock(root, folder.name):
+                put_run(folder, history, made_with)
         return folder
 
     def get(

@@ -137,7 +137,7 @@ HOSTILE = {
     "1e38": ("fed_avg", of("client_model", floats(lambda t: torch.full_like(t, 1e38))), "update of client 1"),
     "3.4e38": ("fed_avg", of("server_model", floats(lambda t: torch.full_like(t, 3.4e38))), "update of client 1"),
     "times 1e6": ("fed_avg", of("client_model", floats(lambda t: t * 1e6)), "update of client 1"),
-    "times -30": ("fed_avg", of("client_model", floats(lambda t: t * -30)), "update of client 1"),
+    "times -30": ("fed_avg", of("client_model", where("weight", lambda t: t * -30)), "update of client 1"),
     "auxiliary model": ("cse_fsl", of("aux_model", floats(lambda t: t * 1e6)), "update of client 1"),
     "running_var": ("fed_avg", of("client_model", where("running_var", torch.neg)), "running_var .*below 0"),
     "counts": ("fed_avg", of("client_model", where("tracked", lambda t: t - 2**62)), "tracked .*below 0"),
