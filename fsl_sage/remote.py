@@ -16,7 +16,7 @@ import queue
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pandas as pd
@@ -643,7 +643,8 @@ def serve(
     while done.next_round < experiment.rounds and not is_spent(experiment, ledger):
         serve_round(state, taking_part(experiment, done.next_round), ledger, algorithm, bench, done)
         each_round(done)
-    return history_of(experiment, done, ledger, "budget" if is_spent(experiment, ledger) else "rounds")
+    history = history_of(experiment, done, ledger, "budget" if is_spent(experiment, ledger) else "rounds")
+    return replace(history, data=bench.dataset.digest)
 
 
 def line(
