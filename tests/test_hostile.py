@@ -414,12 +414,12 @@ def test_an_undisturbed_run_is_the_simulations(tmp_path):
 def test_a_run_with_an_absent_client_is_no_simulation(tmp_path):
     experiment = small("fed_avg", **SHORT)
     folder = stored(experiment, Spoiled(experiment, tmp_path, lambda self, ups: [], rnd=1), tmp_path)
-    assert folder.parent.name == "federated" and folder.name.startswith(f"{experiment.hash}-")
+    assert folder.parent.parent == tmp_path / "store" / "federated" and folder.name == experiment.hash
     about = json.loads((folder / "provenance.json").read_text())["federation"]
     assert about["absent"] == {"1": [1]} and about["own_data"] == [] and len(set(about["sha256"])) == 3
     store = RunStore(tmp_path / "store")
-    assert store.find(experiment) is None
-    (run,) = read_all(store.root)
+    assert store.find(experiment) is None and not read_all(store.root)
+    (run,) = read_all(folder.parent)
     assert run.folder == folder and not run.problem
 
 
@@ -430,7 +430,7 @@ def test_a_run_on_a_clients_own_images_is_no_simulation(tmp_path):
     clients.data[1].images.x[0, 0, 0, 0] ^= 1  # one bit
     folder = stored(experiment, clients, tmp_path)
     about = json.loads((folder / "provenance.json").read_text())["federation"]
-    assert folder.parent.name == "federated" and about["own_data"] == [1] and about["absent"] == {}
+    assert folder.parent.parent.name == "federated" and about["own_data"] == [1] and about["absent"] == {}
 
 
 def test_shares_and_states_are_their_owners_alone(tmp_path):
