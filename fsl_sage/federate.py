@@ -285,7 +285,7 @@ def run_config(
 
 # %% ../nbs/22_federate.ipynb #1362fb15
 ROUND = re.compile(r"round (\d+): accuracy (\S+), (\S+) MiB")
-ANSWERS = re.compile(r"round (-?\d+): (\d+) of (\d+) have answered")  # -1: who are you?
+ANSWERS = re.compile(r"(\d+) of (\d+) have answered in round (-?\d+)")  # -1: who are you?
 
 
 def follow(
@@ -300,8 +300,10 @@ def follow(
                 bar.set_description("rounds", refresh=False)
                 bar.set_postfix_str(f"accuracy {found[2]}, {float(found[3]) / 1024:.3g} GB", refresh=False)
                 bar.update(int(bar.n) + 1 - bar.n)
+            elif text.endswith(" clients are there"):
+                bar.set_description(text)
             elif found := ANSWERS.fullmatch(text):
-                rnd, came, n = map(int, found.groups())
+                came, n, rnd = map(int, found.groups())
                 where = f"round {rnd}" if rnd >= 0 else "introductions"
                 bar.set_description(f"{where}, {came} of {n} answers", refresh=False)
                 part = int(bar.n) + round(came / (n + 1), 2) if rnd >= 0 else bar.n  # the last part is the server's

@@ -672,20 +672,24 @@ def replies_to(
     grid: "Grid",
     seconds: float,  # to wait
 ) -> dict[int, Any]:  # by node: what its answer holds, or why there is none
-    "Send questions, wait for answers."
+    "Send questions, wait for answers, and tell how many have come."
     from flwr.app import ConfigRecord, Message, RecordDict
 
     messages = [
         Message(RecordDict({"question": ConfigRecord(asdict(question))}), dst_node_id=node, message_type="train")
         for node, question in questions.items()
     ]
-    came = list(grid.send_and_receive(messages, timeout=seconds))
-    sent = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-    replies, numbered = {}, len(sent) == len(messages)  # a grid numbers messages when it sends them
-    for reply in came:
-        node = sent.get(reply.metadata.reply_to_message_id) if numbered else reply.metadata.src_node_id
-        failed = reply.has_error()
-        replies[node] = MessageError(f"has failed ({reply.error.reason})") if failed else reply.content.get("answer")
+    rnd, replies = next(iter(questions.values())).round, {}
+    waiting = {sent: node for sent, node in zip(grid.push_messages(messages), questions, strict=False) if sent}
+    until = time.monotonic() + seconds
+    while waiting and time.monotonic() < until:
+        for reply in grid.pull_messages(list(waiting)):
+            node, failed = waiting.pop(reply.metadata.reply_to_message_id, None), reply.has_error()
+            if node is not None:
+                why = MessageError(f"has failed ({reply.error.reason})") if failed else None
+                replies[node] = why or reply.content.get("answer")
+                print(f"{len(replies)} of {len(questions)} have answered in round {rnd}", flush=True)
+        time.sleep(min(1, seconds) if waiting else 0)
     return {node: replies[node] for node in questions if node in replies}
 
 # %% ../nbs/20_flower.ipynb #c1ac263a
@@ -789,11 +793,15 @@ class GridExchange:
 
     def _wait(self) -> None:
         "Until all are there, or the time is up."
-        until = time.monotonic() + self.seconds
+        until, told = time.monotonic() + self.seconds, -1
         while time.monotonic() < until:
             here = set(self.grid.get_node_ids())
-            if set(self.nodes.values()) <= here if self.known else len(here) >= self.n:
+            came, n = (len(here & set(self.nodes.values())), len(self.nodes)) if self.known else (len(here), self.n)
+            if came != told:
+                print(f"{came} of {n} clients are there", flush=True)
+            if came >= n:
                 break
+            told = came
             time.sleep(min(0.5, self.seconds))
 
     def _meet(self) -> dict[int, Answer]:

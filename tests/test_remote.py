@@ -154,12 +154,18 @@ def test_flower_apps_talk_in_one_process(tmp_path, monkeypatch):
         def get_node_ids(self):
             return [10, 11]
 
-        def send_and_receive(self, messages, timeout):
-            for message in messages:
+        def push_messages(self, messages):
+            self.replies = []
+            for k, message in enumerate(messages):
+                message.metadata.__dict__["_message_id"] = str(k)  # as Flower's own grid does
                 message = message_from_proto(message_to_proto(message))
                 node = {"partition-id": message.metadata.dst_node_id - 10, "folder": str(tmp_path), "device": "cpu"}
                 context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
-                yield message_from_proto(message_to_proto(app(message, context)))
+                self.replies.append(message_from_proto(message_to_proto(app(message, context))))
+            return [str(k) for k in range(len(self.replies))]
+
+        def pull_messages(self, ids):
+            return self.replies
 
     history = ask_clients(experiment, GridExchange(OneProcess(), 2, seconds=1), tmp_path / "server")
     assert_same(train(experiment, "cpu", progress=False), history)
