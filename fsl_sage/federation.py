@@ -119,7 +119,7 @@ class State:
     clients: Sequence[Part]  # one a client; a Fleet where only some are on the device
     servers: Sequence[Part]  # one for all, or one a client
     auxes: Sequence[Part] = field(default_factory=list)  # one a client, or none
-    drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # parts whose layers draw random numbers: client, server, aux
+    drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # of client, server, aux: those that draw
     draws: Draws = field(init=False)  # where they draw from
     present: list[int] = field(init=False)  # the clients of this round, in ascending order
     previous: list[int] = field(init=False)  # those of the round before

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from .checkpoint import Progress
 from .config import Experiment
 from .core import arithmetic, as_tensors, printable, require, tensor_bytes
-from .federation import Algorithm, LocalData, Metrics, State, asked_clients, only_global, round_stream, take_part
+from .federation import Algorithm, LocalData, Metrics, State, asked_clients
+from .federation import only_global, round_stream, take_part
 from .ledger import Ledger, Link, framing_bytes
 from .split import Part
 from fsl_sage.training import (

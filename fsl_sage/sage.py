@@ -36,7 +36,7 @@ def aligned_sizes(
     experiment: Experiment,
     samples: int,  # of the client
     i: int,  # client
-) -> Iterator[tuple[int, int]]:  # round, samples in the buffer: of each alignment of client `i`, until it stays the same
+) -> Iterator[tuple[int, int]]:  # round, samples in the buffer at each alignment, until that stays
     "How large a client's buffer is when it is aligned; who misses a deadline is not known yet."
     config, client, size = experiment.algorithm, experiment.model.client, 0
     batches = [min(client.batch_size, samples - k) for k in range(0, samples, client.batch_size)] * client.epoch
@@ -70,7 +70,8 @@ def _require_alignable(state: SageState) -> None:
         require(small > 1, "algorithm.max_dataset_size", small, f"such that no alignment has 1 sample {buffer}")
         require(False, "model.client.batch_size", experiment.model.client.batch_size, f"2 or more {buffer}")
     if not _one(client, state.auxes[0].model, state):
-        fine = f"such that no batch of an alignment has 1 sample {buffer}; {experiment.algorithm.max_dataset_size} would do"
+        would_do = f"{experiment.algorithm.max_dataset_size} would do"
+        fine = f"such that no batch of an alignment has 1 sample {buffer}; {would_do}"
         require(False, "algorithm.align_batch_size", n, fine)
 
 

@@ -76,7 +76,10 @@ def _recorded_once(module: nn.Module, at: str) -> Iterator[None]:
         yield
         drawn = moved()
     after = _memory(module, at)
-    changed = [key for key, (value, n) in after.items() if key not in before or value is not before[key][0] or n != before[key][1]]
+    changed = [
+        key for key, (value, n) in after.items()
+        if key not in before or value is not before[key][0] or n != before[key][1]
+    ]  # fmt: skip
     does = "draws random numbers outside its layers" if drawn else None
     if changed:
         does = f"changes the attribute {changed[0][1]!r} of {kinds[changed[0][0]]}"
@@ -334,7 +337,8 @@ def located(
         cut = _last_below(graph, at)
     except ValueError:
         return words
-    places = [i for i, node in enumerate(nodes) if node.op == "call_module" and f"{name}.".startswith(f"{node.target}.")]
+    calls = [(i, node) for i, node in enumerate(nodes) if node.op == "call_module"]
+    places = [i for i, node in calls if f"{name}.".startswith(f"{node.target}.")]
     return f"{words} of the {'client' if places[0] <= cut else 'server'}'s half" if places else words
 
 # %% ../nbs/03_split.ipynb #2b437f6b
