@@ -20,6 +20,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -437,7 +438,7 @@ def head_of(checkpoint: Path) -> str | None:
 
 def collect() -> None:
     """Write runs.tar.gz: finished runs as folders of the store, of others the rows of their last checkpoint."""
-    runs = sorted(path for path in STORE.glob("*") if path.is_dir() and len(path.name) == 16)
+    runs = sorted(path for path in STORE.glob("*") if re.fullmatch("[0-9a-f]{16}(-[0-9a-f]{8})?", path.name))
     heads = {path.stem: head_of(path) for path in sorted((STORE / "progress").glob("*.safetensors"))}
     room = OUT / ".runs.tar.gz"
     with tarfile.open(room, "w:gz") as tar:
@@ -589,7 +590,8 @@ def finish(head: dict[str, Any], made_with: dict[str, Any], folder: Path) -> str
     short = whole.replace(rounds=len(done["rounds"]), comm_threshold_mb=None)
     tables = pd.DataFrame(done["rounds"]), pd.DataFrame(done["alignments"], columns=ALIGNMENT_COLUMNS)
     with run_lock(folder, short.hash):
-        put_run(folder / short.hash, History(short, *tables, ledger.totals(), "rounds"), made_with)
+        of_part = {"wall_seconds": done["seconds"], "data": done["data"]}
+        put_run(folder / short.hash, History(short, *tables, ledger.totals(), "rounds"), made_with | of_part)
     return f"cut short, kept as run {short.hash} of {short.rounds} rounds"
 
 

@@ -25,7 +25,8 @@ ABSENT = """import sys
 
 class Absent:
     names = {"hydra", "omegaconf", "papermill", "nbformat", "IPython", "ipykernel", "ipywidgets", "opacus", "pyarrow",
-             "ray", "flwr", "markdown_it", "mdit_py_plugins", "latex2mathml", "tensorboard", "nbdev", "pytest"}
+             "ray", "flwr", "markdown_it", "mdit_py_plugins", "latex2mathml", "tensorboard", "nbdev", "pytest",
+             "scipy"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
