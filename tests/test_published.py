@@ -1,14 +1,18 @@
 """The published settings on small machines: what is drawn without training, and what side by side means on a GPU."""
 
+from pathlib import Path
+
 import nbformat
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from fsl_sage import runs
-from fsl_sage.reproduce import main
+from fsl_sage.estimate import BUNDLES
+from fsl_sage.reproduce import claimed, figure_notebooks, main, plan
 from fsl_sage.runs import RunStore
 
+FIGURES = Path(__file__).parent.parent / "figures"
 SOURCES = {
     "parameters": 'preset: str = "smoke"\ndevice: str = "cpu"\ngallery: str = ""\n',
     "plan": (
@@ -66,3 +70,44 @@ def test_runs_go_side_by_side_on_a_gpu(cores, jobs, monkeypatch):
     monkeypatch.setattr(runs, "choose_device", torch.device)
     monkeypatch.setattr(runs, "_cores", lambda: cores)
     assert runs.default_jobs("cuda:0") == jobs and runs.default_jobs("cpu") == cores
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_a_bundle_is_the_papers_experiment(name):
+    """Runs of the preset `paper` in all but what the preset `published` may change: evaluations, rounds, a budget."""
+    bundle, same = BUNDLES[name], {"rounds": 1, "comm_threshold_mb": None}
+    (figure,) = claimed(figure_notebooks(FIGURES, [bundle.figure]), {"preset": "published"}, [name]).values()
+    seeds = bundle.parameters.get("seeds", [200])
+    paper = plan(FIGURES / f"{bundle.figure}.ipynb", {"preset": "paper", "seeds": seeds})
+    assert figure.experiments
+    if name == "headline":
+        of_paper = {run.replace(**same) for run in paper}
+        assert {run.replace(**same) for run in figure.experiments} < of_paper
+        assert all(run.eval_every == 1 and run.rounds < 200 for run in figure.experiments)
+    else:
+        assert {run.replace(eval_every=1) for run in figure.experiments} < set(paper)
+        assert {run.num_clients for run in figure.experiments} == set(bundle.parameters["clients"])
+
+
+@pytest.mark.slow
+def test_an_estimate_trains_nothing(tmp_path, monkeypatch, capsys):
+    """A row of the table for each bundle; the store is not even made."""
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "runs"))
+    assert main(["--estimate", "--device", "cpu", "--claims", "one_client"]) == 0
+    said = capsys.readouterr().out
+    header, (row,) = said.split("\n")[0].split(), [line for line in said.split("\n") if line.startswith("one_client")]
+    assert header == ["runs", "PFLOP", "core_hours", "GB_sent", "GiB_memory"]
+    assert float(row.split()[1]) == 5 and all(float(number) > 0 for number in row.split()[1:])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_tables_are_drawn_from_the_runs_of_one_client(tmp_path, monkeypatch, capsys):
+    """A bundle is a part of its figure: the rest is left out, and said to be missing."""
+    monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "runs"))
+    asked = plan(FIGURES / "sglr_tables_1_to_3.ipynb", {"preset": "smoke", "clients": [1]})
+    RunStore().get(asked, "cpu", progress=False, jobs=1)
+    words = ["--no-train", "--preset", "smoke", "--device", "cpu", "--only", "sglr_tables_1_to_3"]
+    assert main([*words, "--gallery", str(tmp_path / "gallery")]) == 0
+    assert "4 of 5 runs missing" in capsys.readouterr().out
+    assert (tmp_path / "gallery" / "sglr_tables_1_to_3.png").exists()
