@@ -547,7 +547,8 @@ def from_dict(
     wanted = tree.get("plugins") if isinstance(tree, dict) else None
     missing = [str(name) for name in wanted or () if name not in PLUGGED.values()]
     if missing:
-        raise MissingPluginError(f"plug-ins {', '.join(missing)} are needed as they were: load_plugins([their files])")
+        how = "load their files by plugins=[FILE] (fsl-sage), --plugins FILE (fsl-sage-runs) or load_plugins([FILE])"
+        raise MissingPluginError(f"plug-ins {', '.join(missing)} are needed as they were: {how}")
     if isinstance(tree, dict):
         seed = tree.get("seed", Experiment.seed)
         tree = {name: None if name in SEEDS and value == seed else value for name, value in tree.items()}

@@ -40,7 +40,7 @@ from platformdirs import user_cache_dir
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import atomic_path, generator, one_of, require
+from .core import atomic_path, generator, one_of, require, user_path
 
 # %% ../nbs/01_data.ipynb #813c7592
 @dataclass(frozen=True)
@@ -536,7 +536,7 @@ def data_root(
     root: str | Path | None = None,  # None = FSL_SAGE_DATA, else the user's cache folder
 ) -> Path:
     "The folder in which data sets are looked for and kept."
-    return Path(root or os.environ.get("FSL_SAGE_DATA") or user_cache_dir("fsl_sage")).expanduser()
+    return user_path(root or os.environ.get("FSL_SAGE_DATA") or user_cache_dir("fsl_sage"))
 
 
 def places(

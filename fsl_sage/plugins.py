@@ -31,7 +31,7 @@ import fsl_sage
 from .auxiliary import AUXILIARIES
 from .baselines import init_splitfed
 from .config import ALGORITHM_FIELDS, PLUGGED, SESSION, AlgorithmConfig, Experiment, from_dict
-from .core import one_of, require
+from .core import one_of, require, user_path
 from .data import HALF, KNOWN, MADE, Arrays, Known
 from .federation import Algorithm, only_global
 from .split import MODELS, Network, SplitModel
@@ -390,7 +390,7 @@ def load_file(
     path: str | Path,  # a Python file
 ) -> str:  # its tag, name@digest
     "Run a plug-in's file, unless it is loaded as it is. `PluginError` names the line if it fails."
-    path = Path(path).expanduser().resolve()
+    path = user_path(path).resolve()
     require(path.suffix == ".py" and path.is_file(), "plugins", str(path), "a Python file that exists")
     source = _source_of(path, path.parent)
     _run(source)

@@ -29,7 +29,7 @@ from joblib import delayed, parallel_config
 import fsl_sage
 from .cli import on_terminal
 from .config import PRESETS, Experiment
-from .core import choose_device, one_of, require
+from .core import choose_device, one_of, require, user_path
 from .estimate import BUNDLES, estimate
 from .report import build_report
 from .runs import RunStore, StoreError, checkout, default_jobs, label, side_by_side, train_missing
@@ -164,14 +164,14 @@ def store_of(
 ) -> RunStore:
     "The store that the notebooks in `folder` use."
     default = os.environ.get("FSL_SAGE_RUNS") or (checkout(folder) or folder) / "runs"
-    return RunStore(Path(parameters.get("runs_root") or default).expanduser().absolute())
+    return RunStore(user_path(parameters.get("runs_root") or default).absolute())
 
 
 def kernel_environment(store: RunStore) -> dict[str, str]:
     "Variables for the notebooks' kernels: one thread each, as for runs, and where runs and data are."
     found = {"OMP_NUM_THREADS": "1", "FSL_SAGE_RUNS": str(store.root)}
     if data := os.environ.get("FSL_SAGE_DATA"):
-        found["FSL_SAGE_DATA"] = str(Path(data).expanduser().absolute())
+        found["FSL_SAGE_DATA"] = str(user_path(data).absolute())
     return found
 
 # %% ../nbs/18_reproduce.ipynb #5c156322
@@ -432,7 +432,7 @@ def _given(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     given = {"preset": preset, "device": args.device, "gallery": str(Path(args.gallery or folder / kept).resolve())}
     given |= {name: _value(text) for name, text in args.parameters}
     for name in {"runs_root", "data_root"} & set(given):
-        given[name] = given[name] and str(Path(given[name]).expanduser().absolute())
+        given[name] = given[name] and str(user_path(given[name]).absolute())
     return given
 
 

@@ -49,7 +49,7 @@ from tqdm import tqdm
 import fsl_sage
 from .checkpoint import data_of
 from .config import SESSION, Experiment, MissingPluginError, from_dict
-from .core import atomic_path, choose_device, one_of, printable, printable_lines, require
+from .core import atomic_path, choose_device, one_of, printable, printable_lines, require, user_path
 from .data import checked_arrays, data_root, digest_of
 from .digests import Digests
 from .training import Callback, DivergedError, History, Models, finish, train
@@ -71,7 +71,7 @@ def store_root(
     root: str | Path | None = None,  # as given by the caller
 ) -> Path:
     "`root`, or the environment's FSL_SAGE_RUNS, or `runs/` of the checkout, or `runs/` here: the first that there is."
-    return Path(root or os.environ.get("FSL_SAGE_RUNS") or (checkout() or Path()) / "runs").expanduser()
+    return user_path(root or os.environ.get("FSL_SAGE_RUNS") or (checkout() or Path()) / "runs")
 
 # %% ../nbs/10_runs.ipynb #2fafd22f
 def _git(folder: Path, *command: str) -> str | None:
@@ -316,7 +316,7 @@ def _read_experiment(folder: Path, experiment: Experiment | None, way_out: str) 
             return found
         why = "a hash in common, a file edited, or a version whose fields mean something else"
     except MissingPluginError as error:
-        raise UnpluggedError(f"{folder}: {printable(error)}; fsl-sage-runs takes --plugins FILE") from error
+        raise UnpluggedError(f"{folder}: {printable(error)}") from error
     except ValueError as error:
         why = f"a version with other fields: {error}"
     raise StoreError(f"{folder / 'config.json'} describes another experiment than {name} ({why}): {way_out}")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fsl_sage import reproduce, runs
+from fsl_sage import reproduce, runs, runs_cli
 from fsl_sage.cli import explained, jobs_of, main
 from fsl_sage.config import preset
 from fsl_sage.runs import RunStore, checkpoint_of, model_of
@@ -118,6 +118,8 @@ def test_one_store_with_the_notebooks(store, capsys, monkeypatch):
         (["preset=paper2"], "smoke, quick, paper"),
         (["log=[tensorbord]"], "did you mean 'tensorboard'"),
         (["plugins=[nowhere.py]"], "nowhere.py"),
+        (["plugins=[~no-such-user/my.py]"], "~no-such-user/my.py: there is no home folder ~no-such-user"),
+        ([*SMALL, "data_root=~no-such-user"], "~no-such-user: there is no home folder ~no-such-user; name"),
         (["+new=1"], "+new=1"),
         (["~seed"], "~seed"),
         (["=3"], "'=3'"),
@@ -327,6 +329,17 @@ from fsl_sage.config import check_parameters
 check_parameters(globals())
 print((size, kind, place, shape, counts))
 """
+
+
+def test_every_command_names_a_home_that_is_nobodys(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FSL_SAGE_RUNS", "~no-such-user/runs")
+    figures = typed_figure(tmp_path / "figures")
+    for command, words in ((runs_cli.main, ["list"]), (reproduce.main, figures)):
+        with pytest.raises(SystemExit) as end:
+            command(words)
+        assert end.value.code == 2
+        assert "error: ~no-such-user/runs: there is no home folder ~no-such-user; name" in capsys.readouterr().err
+    assert main(SMALL) == 2
 
 
 def typed_figure(folder):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fsl_sage import cli, plugins
+from fsl_sage import cli, plugins, runs_cli
 from fsl_sage.config import PLUGGED, SESSION, MissingPluginError, preset
 from fsl_sage.data import load
 from fsl_sage.loggers import TensorBoard, WandB
@@ -259,6 +259,19 @@ def test_an_experiment_of_a_plugin_that_was_loaded_anew_is_not_trained(file):
     load_plugins([file(FLAT + "# changed")])
     with pytest.raises(MissingPluginError):
         train(experiment, "cpu", progress=False)
+
+
+def test_the_words_for_a_run_whose_plugin_is_not_loaded_show_it(file, tmp_path, capsys):
+    path, root = file(FLAT), str(tmp_path / "runs")
+    load_plugins([path])
+    experiment = small()
+    RunStore(root).get([experiment], "cpu", progress=False)
+    words = ["show", experiment.hash, "--runs", root]
+    plugins.forget(str(path.resolve()))
+    assert runs_cli.main(words) == 1
+    assert "load their files by plugins=[FILE] (fsl-sage), --plugins FILE (fsl-sage-runs)" in capsys.readouterr().err
+    assert runs_cli.main([*words, "--plugins", str(path)]) == 0
+    assert words[1] in capsys.readouterr().out
 
 
 def test_a_plugin_that_no_run_uses_gets_a_word(file):
