@@ -100,13 +100,15 @@ HELP = """\
 fsl-sage: federated split learning, FSL-SAGE and SGLR
 
   fsl-sage [KEY=VALUE ...]                     one run
-  fsl-sage -m KEY=VALUE,VALUE ...              all combinations, side by side (hydra.launcher.n_jobs=2)
+  fsl-sage -m KEY=VALUE,VALUE ...              all combinations (at most 1000), side by side
+                                               (hydra.launcher.n_jobs=2: two at a time)
   fsl-sage --cfg [-m] [KEY=VALUE ...]          show the experiments and their hashes, run nothing
   fsl-sage export RUN FILE.safetensors         the global model of a run as one state dict (see fsl-sage export -h)
 
 A finished run is kept in runs/ (or FSL_SAGE_RUNS) and never trained twice; fsl-sage-runs looks into that store.
 Without preset=, a run begins with the published settings (paper) where their data set is on this machine or is named,
-else with preset=quick on the embedded data, and says so. Exit status: 0 done, 1 a run failed, 2 wrong usage.
+else with preset=quick on the embedded data, and says so. Exit status: 0 done, 1 a run failed, 2 wrong usage,
+130 interrupted, 141 the reader of the output has closed it.
 """
 
 

@@ -1,10 +1,12 @@
 """What README and docs/ promise a newcomer."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from fsl_sage.cli import main
 from fsl_sage.config import ALGORITHM_FIELDS
 from fsl_sage.data import DISTRIBUTIONS, KNOWN
 from fsl_sage.split import MODELS
@@ -32,6 +34,16 @@ def test_code_of_the_documentation_runs(capsys):
     for code in examples:
         exec(compile(code, "docs", "exec"), {})
     assert "torch.Size" in capsys.readouterr().out
+
+
+def test_commands_that_only_show_an_experiment_work(capsys):
+    page = (ROOT / "docs" / "how_to" / "3_command_line.md").read_text("utf-8")
+    commands = re.findall(r"^fsl-sage (--cfg .*)$", page, re.M)
+    shown = {command: [main(shlex.split(command, comments=True)), capsys.readouterr().out] for command in commands}
+    assert len(commands) == 4 and all(status == 0 for status, _ in shown.values())
+    table, reference, sweep, text = (out for _, out in shown.values())
+    assert "epoch: 2" in table and "batch_size: 64" in table and "align_interval: 25" in reference
+    assert re.findall(r"^seed: (\d+)$", sweep, re.M) == ["200", "201", "202"] and "name: a,b\n" in text
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
