@@ -299,7 +299,8 @@ def follow(
             if found := ROUND.fullmatch(text):
                 bar.set_description("rounds", refresh=False)
                 bar.set_postfix_str(f"accuracy {found[2]}, {float(found[3]) / 1024:.3g} GB", refresh=False)
-                bar.update(int(bar.n) + 1 - bar.n)
+                bar.n = int(bar.n) + 1
+                bar.refresh()
             elif text.endswith(" clients are there"):
                 bar.set_description(text)
             elif found := ANSWERS.fullmatch(text):
