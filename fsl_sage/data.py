@@ -600,7 +600,8 @@ def find_arrays(
             network = f"download failed ({error})"
     raise FileNotFoundError(
         f"data set {name!r} not found; looked at {', '.join(map(str, looked))}; {network}. What to do: put {name}.npz "
-        f"({', '.join(KEYS)}) or a folder {name}/ there, or let FSL_SAGE_DATA name the folder that has it."
+        f"({', '.join(KEYS)}) or a folder {name}/ there, or name the folder that has it by FSL_SAGE_DATA, or by "
+        "data_root, which comes first."
     )
 
 # %% ../nbs/01_data.ipynb #49bfc338

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'ONE_EXCHANGE', 'Answer', 'Exchange', 'MARGIN', 'MOST_ROUNDS', 'Question', 'AskingMail', 'next_up', 'within',
-           'ask', 'begin_round', 'leave_out', 'end_round', 'remembered', 'plain_of', 'remember', 'NotYet',
+           'ask', 'begin_round', 'leave_out', 'end_round', 'remembered', 'kept_mail', 'plain_of', 'remember', 'NotYet',
            'AnsweringMail', 'own_state', 'client_file', 'ask_fits', 'forget_others', 'load_late', 'catch_up', 'digest',
            'about_client', 'answer', 'introduced', 'meet', 'rows_of', 'set_out', 'everyone_of', 'go_on', 'get_to_know',
            'most_bytes', 'only_server', 'smashed_size', 'check_asked', 'ask_clients', 'account', 'opened', 'looked_at',
@@ -227,12 +227,24 @@ def remembered(
     return late | {"plain": _as_tensor(json.dumps(plain).encode())}
 
 
+def kept_mail(
+    checkpoint: str | Path,  # file
+    experiment: Experiment,
+) -> dict[str, torch.Tensor]:  # as `remembered` gave it
+    "The mail that a server has kept. `CheckpointError` names the file, and how to begin anew."
+    try:
+        tensors = load_beside(checkpoint, experiment)
+        if "plain" not in tensors:
+            raise CheckpointError(f"{checkpoint} was not written by a server of this version")
+        return tensors
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: delete it, and the run begins anew") from error
+
+
 def plain_of(
     tensors: dict[str, torch.Tensor],  # from `remembered`
 ) -> dict[str, Any]:
-    "Who was refused or absent, and the digests of the data. `CheckpointError` if an older version wrote the file."
-    if "plain" not in tensors:
-        raise CheckpointError("the server's checkpoint is of an older version of fsl_sage: delete it to begin again")
+    "Who was refused or absent, and the digests of the data."
     return json.loads(tensors["plain"].numpy().tobytes())
 
 
@@ -519,7 +531,7 @@ def get_to_know(
     "Bring the mail to the start of the next round. `MessageError` as `meet`."
     own, n = [outline_of(data, data.batch_size) for data in split], len(split)
     if Path(checkpoint).exists():
-        remember(mail, load_beside(checkpoint, experiment))
+        remember(mail, kept_mail(checkpoint, experiment))
         if again := list(mail.refused):
             known, found = everyone_of(experiment, mail), meet(experiment, mail, own, again)
             everyone = [found[i] if i in again else known[i] for i in range(n)]
@@ -528,7 +540,7 @@ def get_to_know(
         mail.split = [digest(data) for data in split]
         mail.everyone = encode({"all.": rows_of(experiment, meet(experiment, mail, own, range(n)))})
         set_out(experiment, mail, ledger, checkpoint)
-        remember(mail, load_beside(checkpoint, experiment))
+        remember(mail, kept_mail(checkpoint, experiment))
     algorithm, everyone = ALGORITHMS[experiment.algorithm.name], everyone_of(experiment, mail)
     due = {len(one): due_bytes(experiment, algorithm, one) for one in everyone}
     mail.limits = [due[len(one)] + MARGIN for one in everyone]
@@ -625,7 +637,7 @@ def account(
     experiment: Experiment,
 ) -> dict[str, Any] | None:  # for JSON; None: the run is that of the simulation
     "What makes a run another one than the simulation: absent clients by round, and whose data are its own."
-    plain = plain_of(load_beside(checkpoint, experiment))
+    plain = plain_of(kept_mail(checkpoint, experiment))
     absent = {rnd: clients for rnd, clients in plain["absent"].items() if clients}
     told = dict(enumerate(zip(plain["data"], plain["split"], strict=True)))
     own = [i for i, (data, split) in told.items() if data not in ("", split)]

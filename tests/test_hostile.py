@@ -390,11 +390,13 @@ def test_a_checkpoint_that_no_client_can_follow_says_how_to_begin_again(tmp_path
     assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, fresh, path))
 
 
-def test_a_checkpoint_of_an_older_version_says_so(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_server_names_a_checkpoint_that_it_cannot_use_and_the_way_out(tmp_path, damaged):
     experiment, path = small("fed_avg", **SHORT), tmp_path / "server"
-    beside = {"after": torch.zeros(3), "everyone": torch.ones(1)}
+    beside = {"after": torch.zeros(3), "everyone": torch.zeros(1, dtype=torch.uint8)}  # as an older version wrote it
     save_checkpoint(path, set_up(experiment), Ledger(), Progress(0), beside)
-    with pytest.raises(CheckpointError, match=r"older version .*delete it to begin again"):
+    path.write_bytes(path.read_bytes()[: -1 if damaged else None])
+    with pytest.raises(CheckpointError, match=re.escape(str(path)) + r".*: delete it, and the run begins anew"):
         ask_clients(experiment, Clients(experiment, tmp_path), path)
 
 
