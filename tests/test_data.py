@@ -179,7 +179,8 @@ def test_any_idx_folder_loads(tmp_path, suffix):
 def test_not_found_lists_every_place_and_the_way_out(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load("fmnist", tmp_path / "root", download=False)
-    for place in ("root/fmnist.npz", "root/fmnist,", "debian", "download=False", "FSL_SAGE_DATA, or by data_root", "x_train"):
+    way_out = "FSL_SAGE_DATA, or by data_root"
+    for place in ("root/fmnist.npz", "root/fmnist,", "debian", "download=False", "x_train", way_out):
         assert place in str(error.value)
     assert not (tmp_path / "root").exists()
 
