@@ -47,8 +47,13 @@ def test_environment_yml_asks_for_what_settings_ini_asks_for(settings):
     from_conda = [entry for entry in dependencies if isinstance(entry, str)]
     from_pip = [requirement for entry in dependencies if isinstance(entry, dict) for requirement in entry["pip"]]
     asked = [*settings["requirements"].split(), *settings["dev_requirements"].split()]
-    assert f"python>={settings['min_python']}" in from_conda
-    given = {*from_conda, *map(conda_name, from_pip)} - {f"python>={settings['min_python']}", "pip"}
+    python = re.search(r'python_requires=f"(.*)"', (ROOT / "setup.py").read_text("utf-8"))[1]
+    python = "python" + python.replace("{settings['min_python']}", settings["min_python"])
+    assert python in from_conda
+    first, last = re.fullmatch(r"python>=3\.(\d+),<3\.(\d+)", python).groups()
+    for name in ("README.md", "Makefile", "docs/troubleshooting.md"):
+        assert f"Python 3.{first} to 3.{int(last) - 1} is needed" in (ROOT / name).read_text("utf-8")
+    given = {*from_conda, *map(conda_name, from_pip)} - {python, "pip"}
     assert given == set(map(conda_name, asked))
 
 
