@@ -109,5 +109,5 @@ def test_the_tables_are_drawn_from_the_runs_of_one_client(tmp_path, monkeypatch,
     RunStore().get(asked, "cpu", progress=False, jobs=1)
     words = ["--no-train", "--preset", "smoke", "--device", "cpu", "--only", "sglr_tables_1_to_3"]
     assert main([*words, "--gallery", str(tmp_path / "gallery")]) == 0
-    assert "4 of 5 runs missing" in capsys.readouterr().out
+    assert "10 of 11 runs missing" in capsys.readouterr().out
     assert (tmp_path / "gallery" / "sglr_tables_1_to_3.png").exists()
