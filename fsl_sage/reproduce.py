@@ -252,7 +252,7 @@ def draw_only(
     "Find out which figures can be drawn from the stored runs, and what is missing."
     for figure in figures:
         asked = list(dict.fromkeys(figure.experiments))
-        there = store.stored(asked)
+        there = store.stored(asked, figure.parameters.get("data_root") or None)
         missing = [f"{label(run)} seed {run.seed} ({run.hash})" for run in asked if run not in there]
         if missing:
             more = f" and {len(missing) - 5} more" * (len(missing) > 5)
