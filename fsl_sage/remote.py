@@ -130,7 +130,7 @@ class MessageError(ValueError):
         what: str,  # is wrong
         whose: Sequence[int] = (),  # places that have not sent what was due; none: not known, or nobody's fault
     ):
-        super().__init__(printable(what[:LONGEST]))
+        super().__init__(printable(what[:LONGEST])[:LONGEST])
         self.whose = list(whose)
 
 # %% ../nbs/19_remote.ipynb #5485daba

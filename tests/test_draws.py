@@ -33,8 +33,8 @@ class NumpyNoise(nn.Module):
         return x * float(np.random.uniform(0.5, 1.5)) if self.training else x  # noqa: NPY002
 
 
-def droppy(name, *layers, p=0.5):
-    @split_model(name, cut="1")
+def droppy(name, *layers, p=0.5, cut="1"):
+    @split_model(name, cut=cut)
     def build(channels, classes, size, width):
         lower = nn.Sequential(nn.Conv2d(channels, width, 3), nn.Dropout(p), nn.AdaptiveAvgPool2d(2), nn.Flatten())
         return nn.Sequential(*lower, *layers, nn.Dropout(p), nn.Linear(4 * width, classes))
@@ -119,7 +119,7 @@ def test_the_users_stream_goes_on_as_if_there_had_been_no_run():
 @pytest.mark.parametrize("name", ["fed_avg", "cse_fsl", "fsl_sage"])
 def test_dropout_between_machines(name, tmp_path):
     aux = {"model.auxiliary.size": "first_layers"} if name != "fed_avg" else {}
-    experiment = small(name, **aux, **{"model.name": droppy("droppy"), "model.width": 4})
+    experiment = small(name, **aux, **{"model.name": droppy("droppy", cut="3"), "model.width": 4})
     assert_same(numbers(experiment), ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server"))
 
 
