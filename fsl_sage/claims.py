@@ -392,6 +392,8 @@ def compare(
     ours = ours if "seed" in ours or not set(ours.metric) <= set(COUNTED) else ours.assign(seed=0)
     missing = [name for name in (*keys, "value", "preset", "seed") if name not in ours]
     require(not missing, "ours", list(ours.columns), f"a table that also has {', '.join(missing)}")
+    if claims.empty:  # a figure may have nothing to compare in its preset
+        return judge(claims.assign(experiment="", variant=variant, preset="", runs=""))
     runs = ours.groupby([*keys, "preset"], dropna=False, sort=False)[["seed", "value"]].apply(_by_seed)
     table = claims.merge(runs.rename("runs").reset_index(), on=keys, how="left")
     words = {name: table[name].fillna("") for name in ("preset", "runs")}
