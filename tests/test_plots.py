@@ -26,9 +26,12 @@ from fsl_sage.plots import (
     level,
     mark_target,
     new_figure,
+    paired,
     plot_curves,
     plot_family,
+    points,
     save_figure,
+    spread_words,
     stamp,
     sticks_out,
 )  # fmt: skip
@@ -81,16 +84,64 @@ def test_a_method_that_no_paper_has_is_drawn_and_keeps_its_look():
     assert {line.get_color() for line in left.lines[-4:]} == {drawn["mine"], STYLES["psl"]["color"]}
 
 
-def test_more_methods_than_looks_are_named_with_the_way_out(monkeypatch):
-    names = [f"method {i}" for i in range(len(OTHERS) + 1)]
+def test_more_methods_than_looks_begin_the_cycle_again():
+    names = [f"method {i}" for i in range(len(OTHERS) + 2)]
+    _, (left, right) = new_figure(1, 2)
+    plot_curves(pd.concat(runs(names)), "round", "test_accuracy", left)
+    drawn = {line.get_label(): line.get_color() for line in left.lines}
+    assert list(drawn) == names, "no method is left out"
+    assert [drawn[name] for name in names] == [look["color"] for look in (*OTHERS, *OTHERS)][: len(names)]
+    plot_curves(pd.concat(runs(names[3:5])), "round", "test_accuracy", right)
+    assert {line.get_label(): line.get_color() for line in right.lines} == {name: drawn[name] for name in names[3:5]}
+
+
+def test_bands_are_t_intervals_over_seeds_and_one_seed_has_none():
+    frame = pd.concat(runs(["FSL-SAGE"], seeds=(1, 2, 3)))
+    _, (many, one) = new_figure(1, 2)
+    plot_curves(frame, "round", "test_accuracy", many)
+    plot_curves(frame[frame.seed == 1], "round", "test_accuracy", one)
+    assert len(many.collections) == 1 and not one.collections
+    first = frame[frame["round"] == 0].test_accuracy
+    low, high = many.collections[0].get_paths()[0].get_extents().y0, 4.3027 * first.std() / 3**0.5
+    assert abs(low - (first.mean() - high)) < 1e-5, "the band is widest in the first round"
+    points(one, [0], [[0.5]], color="black", marker="o")
+    assert not one.containers and not one.collections, "an error bar of length zero"
+    assert "one seed" in spread_words([200, 200]) and "5 seeds" in spread_words(range(5))
+
+
+def test_a_mean_ends_with_its_shortest_run():
+    """A run that goes on alone would bend the curve of the others."""
+    frame = pd.concat(runs(["FSL-SAGE"], seeds=(1, 2, 3)))
+    frame = frame[(frame.seed > 1) | (frame["round"] < 8)]
+    _, axes = new_figure(1, 2)
+    for ax, x in zip(axes, ("round", "gigabytes"), strict=True):
+        plot_curves(frame, x, "test_accuracy", ax)
+        assert len(ax.lines[0].get_xdata()) == 8
+
+
+def test_seeds_with_bytes_of_their_own_are_averaged_round_by_round():
+    frame = pd.concat(runs(["FSL-SAGE"], seeds=(1, 2)))
+    frame["gigabytes"] *= frame.seed
     _, (ax,) = new_figure()
-    with pytest.raises(ValueError, match="label='method 4': must be one of the first 4 in a figure") as error:
-        plot_curves(pd.concat(runs(names)), "round", "test_accuracy", ax)
-    assert "STYLES[NAME] = " in str(error.value)
-    monkeypatch.setitem(STYLES, "method 4", {"color": "black", "marker": ".", "linestyle": "-"})
+    plot_curves(frame, "gigabytes", "test_accuracy", ax)
+    assert ax.lines[0].get_xdata().tolist() == [1.5 * (rnd + 1) for rnd in range(20)]
+
+
+def test_a_target_that_some_seeds_miss_says_so():
+    """The mean over the seeds that got there would praise a method that seldom does."""
     _, (ax,) = new_figure()
-    plot_curves(pd.concat(runs(names)), "round", "test_accuracy", ax)
-    assert len(ax.lines) == len(names)
+    plot_curves(FRAME, "gigabytes", "test_accuracy", ax)
+    mark_target(ax, {"FSL-SAGE": [1.0, 3.0, np.nan], "CSE-FSL": [2.0, np.nan, np.nan], "FedAvg": [4.0, 4.0, 4.0]}, 0.7)
+    assert [text.get_text() for text in ax.texts] == ["3 GB (2 of 3)", "4 GB"]
+
+
+def test_pairs_are_of_one_seed():
+    rows = [("FSL-SAGE", 1, 0.6), ("CSE-FSL", 1, 0.5), ("FSL-SAGE", 2, 0.4), ("CSE-FSL", 2, 0.2), ("FSL-SAGE", 3, 0.9)]
+    table = pd.DataFrame(rows, columns=["label", "seed", "best"])
+    (row,) = paired(table, "best", "label", "CSE-FSL").itertuples()
+    assert (row.label, row.n, row.differences) == ("FSL-SAGE", 2, [0.1, 0.2])
+    with pytest.raises(ValueError, match="reference='FedAvg'"):
+        paired(table, "best", "label", "FedAvg")
 
 
 def family():
