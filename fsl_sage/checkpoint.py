@@ -88,6 +88,7 @@ class Progress:
     alignments: list[dict[str, Any]] = field(default_factory=list)  # rows of `History.alignments`
     data: str = ""  # digest of the data set; empty: not known
     seconds: float = 0.0  # of training so far, in all parts of a run that was stopped
+    core_seconds: float = 0.0  # likewise, of all threads of the process
 
 # %% ../nbs/08b_checkpoint.ipynb #2468f153
 def _groups(state: State) -> dict[str, Sequence[Part]]:

@@ -6,7 +6,7 @@
 __all__ = ['MIXING_MODES', 'AVERAGE_PHASES', 'ALGORITHM_FIELDS', 'FRACTIONS', 'PRECISIONS', 'SEEDS', 'SESSION', 'PLUGGED',
            'YOUNGER', 'PRESETS', 'SHORT_ALIGNMENT', 'SGLR_OPTIMIZER', 'SGLR_COMMON', 'SGLR_PRESETS', 'SchedulerConfig',
            'OptimizerConfig', 'DatasetConfig', 'ClientConfig', 'ServerConfig', 'AuxiliaryConfig', 'ModelConfig',
-           'AlgorithmConfig', 'ClockConfig', 'Experiment', 'MissingPluginError', 'from_dict', 'preset',
+           'AlgorithmConfig', 'ClockConfig', 'Experiment', 'MissingPluginError', 'from_dict', 'preset', 'annotated',
            'check_parameters']
 
 # %% ../nbs/05_config.ipynb #cea4c82c
@@ -609,7 +609,7 @@ def preset(
     return Experiment().replace(**prescribed).replace(**changes)
 
 # %% ../nbs/05_config.ipynb #d51a798e
-def _annotated(namespace: dict[str, Any]) -> dict[str, Any]:  # types, or texts that are types
+def annotated(namespace: dict[str, Any]) -> dict[str, Any]:  # types, or texts that are types
     "The annotated names of a notebook or a module; Python 3.14 keeps no `__annotations__` of executed statements."
     known = dict(namespace.get("__annotations__") or {})
     for cell in namespace.get("In", ()):
@@ -627,7 +627,7 @@ def check_parameters(
     """Give the notebook's parameters their annotated types.
 
     `ValueError` if papermill injected one that the notebook does not annotate, one of another type, or no preset."""
-    known = _annotated(namespace)
+    known = annotated(namespace)
     for cell in namespace.get("In", ()):
         if cell.startswith("# Parameters"):  # papermill's mark on the cell it injects
             for node in ast.parse(cell).body:

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['DTYPE', 'require', 'one_of', 'printable', 'printable_lines', 'user_path', 'choose_device', 'generator',
-           'random_stream', 'arithmetic', 'weighted_average', 'as_tensors', 'tensor_bytes', 'atomic_path']
+           'random_stream', 'arithmetic', 'weighted_average', 'as_tensors', 'tensor_bytes', 'forget_peak_memory',
+           'peak_memory', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #724ca03b
 import difflib
 import math
 import os
 import random
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -274,6 +276,21 @@ def tensor_bytes(
 ) -> int:  # bytes
     "Bytes of the tensors of `value`, buffers included, nothing else."
     return sum(tensor.numel() * tensor.element_size() for tensor in as_tensors(value).values())
+
+# %% ../nbs/00_core.ipynb #b7fca5f0
+def forget_peak_memory() -> None:
+    "Let `peak_memory` count from now on, where the system can (Linux)."
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:  # bytes; None: the system does not say (Windows, a browser)
+    "The most memory that this process has held at a time."
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return None
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/00_core.ipynb #ed9f1cf5
 @contextmanager

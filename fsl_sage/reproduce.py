@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'CLAIM_SEEDS', 'OPTIONS', 'figure_notebooks', 'parameters_for', 'plan', 'this_python_as_kernel', 'Figure',
-           'execute', 'store_of', 'kernel_environment', 'planned', 'machines', 'train_planned', 'draw_only',
-           'execute_all', 'summary', 'reproduce', 'claimed', 'train_claims', 'estimates', 'main']
+           'command_of', 'execute', 'store_of', 'kernel_environment', 'planned', 'machines', 'train_planned',
+           'draw_only', 'execute_all', 'summary', 'reproduce', 'claimed', 'train_claims', 'estimates', 'main']
 
 # %% ../nbs/18_reproduce.ipynb #42e703a8
 import argparse
 import ast
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from .cli import on_terminal
 from .config import PRESETS, Experiment
 from .core import choose_device, one_of, require, user_path
 from .estimate import BUNDLES, estimate
+from .plots import PLACES
 from .report import build_report
 from .runs import RunStore, StoreError, checkout, default_jobs, label, side_by_side, train_missing
 
@@ -134,6 +136,19 @@ class Figure:
     def executed(self) -> Path:  # where the executed copy goes
         return self.notebook.parent / "executed" / self.notebook.name
 
+# %% ../nbs/18_reproduce.ipynb #7e02dfd4
+def command_of(
+    figure: Figure,
+) -> str:
+    "The command that makes this figure with these parameters, on whatever machine."
+    given = {name: value for name, value in figure.parameters.items() if name not in PLACES}
+    words = ["fsl-sage-reproduce", "--only", figure.notebook.stem]
+    for name in ("preset", "device"):
+        words += [f"--{name}", given.pop(name)] if name in given else []
+    words += ["--seeds", *map(str, given.pop("seeds"))] if "seeds" in given else []
+    words += [] if given.pop("train", True) else ["--no-train"]
+    return shlex.join([*words, *(word for name, value in given.items() for word in ("-p", name, json.dumps(value)))])
+
 # %% ../nbs/18_reproduce.ipynb #68f4e937
 def execute(
     figure: Figure,
@@ -146,7 +161,7 @@ def execute(
     plain = [str(file).replace("{", "{{").replace("}", "}}") for file in (path, figure.executed)]  # not templates
     figure.executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with this_python_as_kernel(environment):
+        with this_python_as_kernel({**environment, "FSL_SAGE_COMMAND": command_of(figure)}):
             papermill.execute_notebook(
                 *plain, figure.parameters, kernel_name="python3", cwd=str(path.parent), progress_bar=False
             )

@@ -49,7 +49,8 @@ from tqdm import tqdm
 import fsl_sage
 from .checkpoint import data_of
 from .config import SESSION, Experiment, MissingPluginError, from_dict
-from .core import atomic_path, choose_device, one_of, printable, printable_lines, require, user_path
+from .core import atomic_path, choose_device, forget_peak_memory, one_of, peak_memory, printable
+from .core import printable_lines, require, user_path
 from .data import checked_arrays, data_root, digest_of
 from .digests import Digests
 from .training import Callback, DivergedError, History, Models, finish, train
@@ -92,6 +93,19 @@ def _device_name(device: torch.device) -> str:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor() or platform.machine()
 
+
+def _cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _torch_build() -> str:  # for instance "2.15.0+cpu, GCC 13.3, oneDNN v3.7.1, BLAS mkl"
+    "How PyTorch was built, as far as its sums depend on it."
+    said = torch.__config__.show()
+    parts = {"": r"((?:GCC|clang|MSVC) [\d.]+)", "oneDNN ": r"MKL-DNN (v[\d.]+)", "BLAS ": r"BLAS_INFO=(\w+)"}
+    found = [(name, re.search(pattern, said)) for name, pattern in parts.items()]
+    return ", ".join([torch.__version__, *(name + match[1] for name, match in found if match)])
+
 # %% ../nbs/10_runs.ipynb #4df598dc
 def provenance(
     device: str | torch.device = "auto",  # what the run was trained on
@@ -107,16 +121,19 @@ def provenance(
         "commit": commit or None,
         "modified": bool(_git(source, "status", "--porcelain", "--", "fsl_sage")) if commit else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "numpy", "pandas")},
+        **{name: version(name) for name in ("torch", "torchvision", "numpy", "pandas", "matplotlib")},
+        "torch_build": _torch_build(),
         "device": device.type,
         "device_name": _device_name(device),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
         "wall_seconds": wall_seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 # %% ../nbs/10_runs.ipynb #8835fd93
-VERSIONS = ("python", "torch", "torchvision", "fsl_sage")
+VERSIONS = ("python", "torch", "torchvision", "numpy", "pandas", "matplotlib", "fsl_sage")
 
 
 def _machine(made_with: dict[str, Any]) -> str:
@@ -126,7 +143,7 @@ def _machine(made_with: dict[str, Any]) -> str:
     threads = made_with["threads"]
     return f"{made_with['device_name']}, {threads} thread{'s' * (threads > 1)}"
 
-
+# %% ../nbs/10_runs.ipynb #419b1c60
 def _about(
     made: Sequence[dict[str, Any]],  # provenances, one or more
     seeds: Sequence[int] = (),
@@ -136,10 +153,10 @@ def _about(
     "What several provenances say together. `ValueError` if there are none."
     require(bool(made), "experiments", list(made), "one or more; a figure without runs has `about_here()`")
 
-    def distinct(name: str) -> list[str]:
-        return list(dict.fromkeys(m[name] for m in made if m[name] is not None))
+    def distinct(name: str) -> list[Any]:  # runs of an earlier version do not say everything
+        return list(dict.fromkeys(m[name] for m in made if m.get(name) is not None))
 
-    digests: dict[str, str] = {}
+    cores, digests = [m.get("core_seconds") for m in made], {}
     for name, digest in zip(data, (m.get("data") for m in made), strict=False):
         if digest and digests.setdefault(name, digest) != digest:
             both = f"{digests[name][:16]} and {digest[:16]}"
@@ -151,7 +168,14 @@ def _about(
         "versions": {name: ", ".join(distinct(name)) for name in VERSIONS},
         "commit": ", ".join(distinct("commit")) or None,
         "modified": any(m["modified"] for m in made),
+        "torch_builds": distinct("torch_build"),
+        "instruction_sets": distinct("instruction_set"),
+        "cores": distinct("cores"),
+        "jobs": distinct("jobs"),
         "wall_seconds": sum(m["wall_seconds"] or 0.0 for m in made),
+        "core_seconds": sum(cores) if None not in cores else None,
+        "core_seconds_of_runs": cores,
+        "peak_bytes": max(distinct("peak_bytes"), default=None),
         "runs": list(runs),
         "data": digests,
         "finished": max(m["finished"] for m in made),
@@ -598,6 +622,7 @@ def _train_and_put(
     progress: bool,
     wait: bool = True,  # while another process is at it
     callbacks: Sequence[Callback] = (),
+    jobs: int = 1,  # runs side by side, of which this is one
 ) -> bool:  # False: another process is at it
     "Train `experiment` and store the run, unless it is there. `DivergedError` says where the rounds before are."
     config = experiment.dataset
@@ -610,7 +635,7 @@ def _train_and_put(
             if not held:
                 return False
             if run_name(store, experiment, data) == name:  # while we waited, a run of other data may have come there
-                _train_here(experiment, store, name, data, device, root, progress, callbacks)
+                _train_here(experiment, store, name, data, device, root, progress, callbacks, jobs)
                 return True
 
 
@@ -623,6 +648,7 @@ def _train_here(
     root: str | None,  # folder with data sets
     progress: bool,
     callbacks: Sequence[Callback],
+    jobs: int,  # runs side by side
 ) -> None:
     "`_train_and_put`, under the run's lock."
     folder, aside = store / name, store / "diverged" / name
@@ -632,12 +658,14 @@ def _train_here(
         raise diverged_before(aside, experiment)
     checkpoint, extras = checkpoint_of(store, name), Extras(callbacks)
     notes, place = ({"resumed": True} if checkpoint.exists() else {}), folder
+    forget_peak_memory()
     try:
         history = train(experiment, device, root, progress, checkpoint=checkpoint, callbacks=[extras], data=data)
     except DivergedError as error:
         history, place = error.history, aside
         notes |= {"error": str(error)}
-    put_run(place, history, provenance(device, history.seconds) | notes | {"data": history.data})
+    notes |= {"core_seconds": history.core_seconds, "jobs": jobs, "peak_bytes": peak_memory(), "data": history.data}
+    put_run(place, history, provenance(device, history.seconds) | notes)
     remove(checkpoint)
     extras.finish(device)
     if place == aside:
@@ -802,7 +830,7 @@ class StoredRuns:
         self,
         experiments: Sequence[Experiment],  # stored runs, one or more
     ) -> dict[str, Any]:  # plain values, for JSON
-        """What made these runs: seeds, hardware, versions, commit, modified, wall_seconds, runs, data, finished.
+        """What made these runs: seeds, hardware, versions, commit, time, processor time, memory, runs, data.
 
         `ValueError` if they were trained on different data of one name."""
         runs = list(dict.fromkeys(experiments))
@@ -825,11 +853,6 @@ class StoredRuns:
         return write_table(self.frame(), path)
 
 # %% ../nbs/10_runs.ipynb #92ae504e
-def _cores() -> int:
-    "Processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_jobs(
     device: str | torch.device,  # what is computed on
 ) -> int:
@@ -931,7 +954,7 @@ def _train_all(
             if not missing:
                 break
             busy = []
-            others = store, device, root, progress and jobs == 1, wait, callbacks
+            others = store, device, root, progress and jobs == 1, wait, callbacks, jobs
             work = (delayed(_attempt)(run, *others) for run in missing)
             for experiment, done, error in side_by_side(work, jobs, _lost):
                 busy += [] if done else [experiment]
@@ -1013,7 +1036,8 @@ class RunStore(StoredRuns):
     ) -> Path:  # the run's folder
         "Store a finished run. One of the same experiment that is there already stays. `ValueError` if it diverged."
         require(history.stopped != "diverged", "history.stopped", history.stopped, "'rounds' or 'budget'")
-        root, made_with = self.root, provenance(device, wall_seconds) | {"data": history.data}
+        notes = {"core_seconds": history.core_seconds, "data": history.data}
+        root, made_with = self.root, provenance(device, wall_seconds) | notes
         if federation:
             account = hashlib.sha256(json.dumps(federation, sort_keys=True).encode()).hexdigest()[:8]
             root, made_with["federation"] = root / "federated" / f"{history.experiment.hash}-{account}", federation

@@ -90,6 +90,7 @@ class History:
     stopped: str  # "rounds": all were run; "budget": `comm_threshold_mb` was reached; "diverged"
     seconds: float | None = None  # that training took, in all parts of a run that was stopped; None: read from a store
     data: str = ""  # digest of the data set; empty: not known
+    core_seconds: float | None = None  # processor time of all threads, likewise; with threads it is more than `seconds`
 
 
 class DivergedError(ArithmeticError):
@@ -366,11 +367,17 @@ class Run:
     register: Register
     done: Progress  # the rows so far
     began: float = field(default_factory=time.perf_counter)  # moved back by what earlier parts of the run took
+    cores_began: float = field(default_factory=time.process_time)  # likewise, in processor time
 
     @property
     def seconds(self) -> float:
         "Of training so far."
         return time.perf_counter() - self.began
+
+    @property
+    def core_seconds(self) -> float:
+        "Processor time of training so far."
+        return time.process_time() - self.cores_began
 
 
 def begin(
@@ -382,7 +389,7 @@ def begin(
     data: str | None = None,  # digest that the data set must have; None: any
 ) -> Run:
     "Set a run up, or continue it where the checkpoint stopped. Warns if the checkpoint cannot be used."
-    start, fine = time.perf_counter(), "an Experiment, such as preset('smoke') gives"
+    start, cores, fine = time.perf_counter(), time.process_time(), "an Experiment, such as preset('smoke') gives"
     require(isinstance(experiment, Experiment), "experiment", experiment, fine)
     from_dict(experiment.to_dict())  # are its plug-ins loaded, as they were?
     dataset, validation = prepare(experiment, device, root)
@@ -398,7 +405,7 @@ def begin(
     ledger.phase = "round"
     if checkpoint is not None:
         require_kept(state)
-    return Run(bench, state, ledger, register, done, start - done.seconds)
+    return Run(bench, state, ledger, register, done, start - done.seconds, cores - done.core_seconds)
 
 
 def _continued(checkpoint: str | Path | None, state: State, ledger: Ledger, data: str) -> Progress | None:
@@ -427,7 +434,7 @@ class Saver:
         start = time.monotonic()
         if not self.path or start - self.saved < self.pause:
             return
-        run.done.seconds = run.seconds
+        run.done.seconds, run.done.core_seconds = run.seconds, run.core_seconds
         try:
             save_checkpoint(self.path, run.state, run.ledger, run.done)
         except (OSError, ValueError) as error:  # a full disk; a state that can no longer be kept
@@ -504,7 +511,7 @@ def history_of(
     "The rounds so far, as tables."
     done, columns = run.done, ALIGNMENT_COLUMNS
     tables = pd.DataFrame(done.rounds), pd.DataFrame(done.alignments, columns=columns), run.ledger.totals()
-    return History(run.state.experiment, *tables, stopped, run.seconds, done.data)
+    return History(run.state.experiment, *tables, stopped, run.seconds, done.data, run.core_seconds)
 
 # %% ../nbs/09_training.ipynb #04b6a1b1
 @arithmetic("fp32")

@@ -761,9 +761,27 @@ def test_seconds_count_all_parts_of_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "one_round", slow_round)
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(training.time, "process_time", lambda: 2 * clock[0])  # two cores at work
     stopped_in(1, experiment, path)  # the checkpoint is of round 0
     clock[0] = 5000.0
-    assert train(experiment, "cpu", progress=False, checkpoint=path).seconds == 300
+    history = train(experiment, "cpu", progress=False, checkpoint=path)
+    assert (history.seconds, history.core_seconds) == (300, 600)
+
+
+def test_a_run_says_what_it_cost(tmp_path):
+    """Processor time, memory and how many ran side by side, for a run in this process and for runs in others."""
+    pair = [preset("smoke", name, **TINY) for name in ("fed_avg", "cse_fsl")]
+    store = RunStore(tmp_path)
+    store.get(pair[:1], "cpu", progress=False, jobs=1)
+    store.get([*pair, pair[0].replace(seed=7)], "cpu", progress=False, jobs=2)
+    made = [store.made_with(run) for run in (pair[0], pair[1])]
+    assert [one["jobs"] for one in made] == [1, 2]
+    assert all(one["core_seconds"] > 0 and one["peak_bytes"] > 2**26 for one in made)
+    about = store.about(pair)
+    assert about["core_seconds"] == sum(one["core_seconds"] for one in made) and about["jobs"] == [1, 2]
+    assert about["instruction_sets"] == made[0]["instruction_set"].split() and about["cores"]
+    assert about["torch_builds"][0].startswith(torch.__version__)
+    assert {"numpy", "pandas", "matplotlib"} < set(about["versions"])
 
 
 def steps_in(folder):
