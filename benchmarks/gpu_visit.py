@@ -214,7 +214,7 @@ def kinds_of_work(state: Any, x: Any, y: Any, smashed: Any, target: Any) -> dict
     client, server, aux = state.clients[0], state.servers[0], state.auxes[0]
     grad, models = torch.randn_like(smashed) * 1e-3, [client.model.state_dict()] * 10
     return {
-        "client step": lambda: client.step(client(x), grad),
+        "client step": lambda: client.backward(client.forward(x), grad),
         "server step": lambda: server_step(server, smashed, y),
         "estimate": lambda: estimate_cut_grad(aux, smashed, y),
         "alignment pass": lambda: align(aux, state.buffers[0], target, 1, 1000),
@@ -224,29 +224,65 @@ def kinds_of_work(state: Any, x: Any, y: Any, smashed: Any, target: Any) -> dict
 
 
 def step_engine(args: argparse.Namespace) -> None:
-    """Host and device milliseconds and kernels of each kind of work, by precision."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """Host and device milliseconds and kernels of each kind of work, by precision, as it stands and recorded."""
     from fsl_sage.core import arithmetic
+    from fsl_sage.recording import OnGpu, Pretended, recording
 
     found: dict[str, Any] = {}
+    makers = {"eager": None, "recorded": Pretended if args.device == "cpu" else OnGpu}
     for precision in ("fp32",) if args.tiny else ("fp32", "tf32", "bf16"):
-        with arithmetic(precision):
-            for name, work in kinds_of_work(*parts_of(precision, args.device, args.tiny)).items():
-                row: dict[str, Any] = {"ms": round(1e3 * clock(work, args.device, 3 if args.tiny else 30), 4)}
-                if args.device != "cpu":
-                    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                        for _ in range(5):
-                            work()
-                        importlib.import_module("torch").cuda.synchronize()
-                    events = [event for event in seen.key_averages() if event.self_device_time_total > 0]
-                    row["device_ms"] = round(sum(event.self_device_time_total for event in events) / 5e3, 4)
-                    row["kernels"] = sum(event.count for event in events) / 5
-                    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:8]
-                    row["longest"] = [[e.key[:80], e.count / 5, round(e.self_device_time_total / 5)] for e in longest]
-                found[f"{precision} {name}"] = row
-                note("engine", found)
-                print(precision, name, {key: value for key, value in row.items() if key != "longest"}, flush=True)
+        for how, maker in makers.items():
+            with arithmetic(precision), recording(maker):
+                for name, work in kinds_of_work(*parts_of(precision, args.device, args.tiny)).items():
+                    found[f"{precision} {name}, {how}"] = row = measured(work, args)
+                    note("engine", found)
+                    print(precision, name, how, {k: v for k, v in row.items() if k != "longest"}, flush=True)
+
+
+def measured(work: Callable[[], Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of `work`; on a GPU those of the device, and the kernels that take longest."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    row: dict[str, Any] = {"ms": round(1e3 * clock(work, args.device, 3 if args.tiny else 30), 4)}
+    if args.device != "cpu":
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for _ in range(5):
+                work()
+            torch.cuda.synchronize()
+        events = [event for event in seen.key_averages() if event.self_device_time_total > 0]
+        row["device_ms"] = round(sum(event.self_device_time_total for event in events) / 5e3, 4)
+        row["kernels"] = sum(event.count for event in events) / 5
+        longest = sorted(events, key=lambda event: -event.self_device_time_total)[:8]
+        row["longest"] = [[e.key[:80], e.count / 5, round(e.self_device_time_total / 5)] for e in longest]
+    return row
+
+
+def step_recorded(args: argparse.Namespace) -> None:
+    """Whole rounds of each method as they stand and recorded: seconds, the largest difference, what was warned of."""
+    import warnings
+
+    from fsl_sage.config import preset
+    from fsl_sage.recording import OnGpu, Pretended, recording
+    from fsl_sage.training import train
+
+    found: dict[str, Any] = {}
+    makers = {"eager": None, "recorded": Pretended if args.device == "cpu" else OnGpu}
+    size = {"dataset.name": "fmnist_mini", "dataset.max_train": 6000, "dataset.max_test": 200, "rounds": 3}
+    if args.tiny:
+        size |= {"dataset.max_train": 120, "model.width": 4, "model.client.batch_size": 8, "num_clients": 2}
+    for name in ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg"):
+        passes = {"algorithm.align_epochs": 10 if args.tiny else 100} if name == "fsl_sage" else {}
+        run, histories, row = preset("paper", name, precision=args.precision, **size, **passes), [], {}
+        for how, maker in makers.items():
+            with recording(maker), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                histories.append(train(run, args.device, progress=False))
+            row[how] = {"seconds": round(histories[-1].seconds, 2), "warned": [str(w.message) for w in caught]}
+        row["far"] = farthest(*histories)
+        found[name] = row
+        note("recorded", found)
+        print(name, row, flush=True)
 
 
 def steps_per_second(device: str, precision: str, seconds: float, tiny: bool) -> float:
@@ -349,8 +385,10 @@ def step_bench(args: argparse.Namespace) -> None:
 
 
 TRAINING = {"headline": headline, "sglr": sglr, "precision": precisions}  # step → its runs
-CHECKS = {"env": (step_env, 60), "traces": (step_traces, 70), "smoke": (step_smoke, 80), "engine": (step_engine, 60),
-          "beside": (step_beside, 60)}  # step → its function, its limit in seconds  # fmt: skip
+CHECKS = {  # step → its function, its limit in seconds
+    "env": (step_env, 60), "traces": (step_traces, 70), "smoke": (step_smoke, 80), "engine": (step_engine, 60),
+    "recorded": (step_recorded, 60), "beside": (step_beside, 60),
+}  # fmt: skip
 TRAINS = {"headline": 420, "sglr": 300, "precision": 240, "bench": 90}  # step → its limit in seconds
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESNET_SIZES', 'IMAGENET_RESNETS', 'HE_CIFAR_RESNETS', 'AUXILIARIES', 'PLAIN', 'FIRST_LAYERS', 'PASSES',
            'auxiliary_model', 'estimate_cut_grad', 'true_cut_grad', 'auxiliary_for', 'estimate_error',
-           'AlignmentBuffer', 'align', 'look_at_estimate']
+           'AlignmentBuffer', 'alignment_pass', 'align', 'look_at_estimate']
 
 # %% ../nbs/04_auxiliary.ipynb #27c0c761
 import math
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import one_of, require, tensor_bytes
+from .recording import recorded
 from fsl_sage.split import (
     Padding, Part, SplitModel, cut_layers, evaluated, head, init_fan_in, init_weights, projection, stage,
 )  # fmt: skip
@@ -63,6 +64,7 @@ def auxiliary_model(
     return build(split, one_of("model.auxiliary.size", size, sizes))
 
 # %% ../nbs/04_auxiliary.ipynb #b4ba16f8
+@recorded
 def estimate_cut_grad(
     aux: Callable[[Tensor], Tensor],  # smashed data to logits: a Part, or a module
     smashed: Tensor,  # (batch, …)
@@ -211,6 +213,20 @@ class AlignmentBuffer:
         self.smashed, self.labels = smashed[-self.max_size :], labels[-self.max_size :]
 
 # %% ../nbs/04_auxiliary.ipynb #0e049349
+@recorded
+def alignment_pass(
+    aux: Part,  # its parameters and BatchNorm statistics move
+    smashed: Tensor,  # (samples, …)
+    labels: Tensor,  # (samples,)
+    cut_grad: Tensor,  # as `smashed`: the true gradient
+) -> Tensor:  # squared error before the step, a detached scalar
+    "One step of the auxiliary model towards the server's gradient at the cut (FSL-SAGE, step 3)."
+    est_cut_grad, _ = estimate_cut_grad.as_it_stands(aux, smashed, labels, create_graph=True)
+    error = (est_cut_grad - cut_grad).square().sum()
+    aux.step(error)
+    return error.detach()
+
+
 PASSES = 10  # between two looks at the error
 
 
@@ -229,11 +245,7 @@ def align(
     for epoch in range(1, epochs + 1):
         batches = [slice(None)] if whole else torch.randperm(len(buffer), generator=generator).split(batch_size)
         for batch in batches:
-            smashed, labels = buffer.smashed[batch], buffer.labels[batch]
-            est_cut_grad, _ = estimate_cut_grad(aux, smashed, labels, create_graph=True)
-            error = (est_cut_grad - cut_grad[batch]).square().sum()
-            aux.step(error)
-            errors.append(error.detach())
+            errors.append(alignment_pass(aux, buffer.smashed[batch], buffer.labels[batch], cut_grad[batch]))
         if tolerance > 0 and epoch % PASSES == 0:
             now, errors = float(torch.stack(errors).mean()), []  # the only place where the host waits for the device
             if now > (1 - tolerance) * before:

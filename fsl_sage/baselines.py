@@ -11,7 +11,6 @@ __all__ = ['BASELINES', 'init_centralised', 'centralised_round', 'init_fed_avg',
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Experiment
@@ -103,11 +102,11 @@ def splitfed_round(
     def train_with_server(i: int) -> None:
         client, server, link = state.clients[i], state.servers[i if many else 0], ledger.link(rnd, i)
         for s, x, y in state.batches(i, rnd):
-            smashed = client(x)
+            smashed = client.forward(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
             loss, cut_grad = server_step(server, at_server, labels, return_cut_grad=client.learns)
             if client.learns:
-                client.step(smashed, link.down(cut_grad=cut_grad))
+                client.backward(smashed, link.down(cut_grad=cut_grad))
             metrics.loss(i, s, loss)
 
     if many:
@@ -142,14 +141,12 @@ def cse_fsl_round(
     def client_steps(i: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         client, aux = state.clients[i], state.auxes[i]
         for s, x, y in state.batches(i, rnd):
-            smashed = client(x)
+            smashed = client.forward(x)
             if s % q == 0:
                 yield s, smashed.detach(), y
-            loss = F.cross_entropy(aux(smashed), y)
-            aux.optimizer.zero_grad(set_to_none=True)
-            client.step(loss)
-            aux.optimizer.step()
-            metrics.loss(i, s, loss.detach(), at="aux")
+            loss, cut_grad = server_step(aux, smashed.detach(), y, client.learns)  # the auxiliary model as the server
+            client.backward(smashed, cut_grad)
+            metrics.loss(i, s, loss, at="aux")
 
     for i, s, smashed, labels in arrivals(state, client_steps):
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
@@ -185,11 +182,11 @@ def ssl_round(
         client = state.clients[i]
         client.model.load_state_dict(model)
         for s, x, y in state.batches(i, rnd):
-            smashed = client(x)
+            smashed = client.forward(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
             loss, cut_grad = server_step(server, at_server, labels, client.learns, criterion)
             if client.learns:
-                client.step(smashed, link.down(cut_grad=cut_grad))
+                client.backward(smashed, link.down(cut_grad=cut_grad))
             metrics.loss(i, s, loss)
         link.up(client_model=client.model)
     return metrics
@@ -211,7 +208,7 @@ def psl_round(
     metrics, (server,), config = Metrics(), state.servers, state.experiment.algorithm
     for s, batches in state.parallel_batches(rnd):
         # 1. Every client's forward pass; smashed data and labels go up.
-        smashed = [state.clients[i](x) for i, x, _ in batches]
+        smashed = [state.clients[i].forward(x) for i, x, _ in batches]
         arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
         at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
         # 2. One loss over all samples, one step of the server.
@@ -220,7 +217,7 @@ def psl_round(
         slices = cut_grad.split([len(z) for z in smashed]) if state.clients_learn else ()
         for z, own, (i, _, y) in zip(smashed, slices, batches, strict=state.clients_learn):
             own = own * (len(labels) / len(y)) if config.per_client_loss else own
-            state.clients[i].step(z, ledger.link(rnd, i).down(cut_grad=own))
+            state.clients[i].backward(z, ledger.link(rnd, i).down(cut_grad=own))
         metrics.loss(-1, s, loss)
     if config.name == "sfl":
         aggregate(state, rnd, ledger, client_model=state.clients)

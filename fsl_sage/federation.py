@@ -19,7 +19,6 @@ from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .auxiliary import FIRST_LAYERS, auxiliary_for, auxiliary_model
@@ -27,7 +26,8 @@ from .config import PLUGGED, Experiment, OptimizerConfig, SchedulerConfig
 from .core import generator, random_stream, require, weighted_average
 from .fleet import Fleet, one_part_each
 from .ledger import Ledger, Transfer
-from .split import OURS, Draws, Part, SplitModel, fast_layout, split_model
+from .recording import new_recorder
+from .split import OURS, Draws, Part, SplitModel, fast_layout, server_step, split_model
 from .trial import Trial, try_parts
 
 # %% ../nbs/05b_federation.ipynb #d6424420
@@ -74,7 +74,8 @@ def make_part(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
     learns = any(parameter.requires_grad for parameter in parameters)
-    return Part(model, optimizer, _scheduler(optimizer, config.scheduler if learns else None, rounds), precision)
+    scheduler = _scheduler(optimizer, config.scheduler if learns else None, rounds)
+    return Part(model, optimizer, scheduler, precision, recorder=new_recorder())
 
 # %% ../nbs/05b_federation.ipynb #9ab9752e
 class LocalData(Protocol):
@@ -395,11 +396,10 @@ def whole_step(
     y: Tensor,  # (batch,)
 ) -> Tensor:  # mean cross-entropy, detached
     "Forward, backward and one optimiser step of the uncut network."
-    loss = F.cross_entropy(server(client(x)), y)
-    server.optimizer.zero_grad(set_to_none=True)
-    client.step(loss)
-    server.optimizer.step()
-    return loss.detach()
+    smashed = client.forward(x)
+    loss, cut_grad = server_step(server, smashed.detach(), y, return_cut_grad=client.learns)
+    client.backward(smashed, cut_grad)
+    return loss
 
 # %% ../nbs/05b_federation.ipynb #9ba79641
 T = TypeVar("T")

@@ -34,6 +34,20 @@ def part_tensors(
     return {f"model.{name}": tensor for name, tensor in part.model.state_dict().items()} | moments
 
 # %% ../nbs/05a_fleet.ipynb #15205c97
+def _moments(
+    part: Part,
+    tensors: dict[str, Tensor],  # from `part_tensors`
+) -> dict[Tensor, dict[str, Tensor]]:  # parameter → entry → tensor
+    "The optimiser's entries among `tensors`."
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for name, parameter in part.model.named_parameters():
+        prefix = f"optimizer.{name}."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if own:
+            found[parameter] = own
+    return found
+
+
 @torch.no_grad()
 def load_tensors(
     part: Part,  # changed in place
@@ -42,13 +56,17 @@ def load_tensors(
     "Make `part` what the other part was. Learning rates and schedules stay."
     prefix = "model."
     part.model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-    state: dict[int, dict[str, Tensor]] = {}
-    for k, (name, parameter) in enumerate(part.model.named_parameters()):
-        prefix = f"optimizer.{name}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        alike = {e: torch.empty_like(parameter).copy_(t) for e, t in own.items() if t.shape == parameter.shape}
-        if own:
-            state[k] = {e: t.clone() for e, t in own.items()} | alike
+    own, there = _moments(part, tensors), part.optimizer.state
+    if own.keys() == there.keys() and all(own[p].keys() == there[p].keys() for p in own):
+        for p, entries in own.items():  # into the places that they have, which recordings know
+            for entry, value in entries.items():
+                there[p][entry].copy_(value)
+        return
+    numbers = {p: k for k, p in enumerate(p for group in part.optimizer.param_groups for p in group["params"])}
+    state = {
+        numbers[p]: {e: torch.empty_like(p).copy_(t) if t.shape == p.shape else t.clone() for e, t in entries.items()}
+        for p, entries in own.items()
+    }
     part.optimizer.load_state_dict({"state": state, "param_groups": part.optimizer.state_dict()["param_groups"]})
 
 # %% ../nbs/05a_fleet.ipynb #287200fe

@@ -133,13 +133,13 @@ def client_steps(
     client, aux, q = state.clients[i], state.auxes[i], state.experiment.algorithm.server_update_interval
     for s, x, y in state.batches(i, rnd):
         # 1. The forward pass.
-        smashed = client(x)
+        smashed = client.forward(x)
         # 2. Every q-th step: upload.
         if s % q == 0:
             yield s, smashed.detach(), y
         # 4. A step on the estimated gradient.
         est_cut_grad, aux_loss = estimate_cut_grad(aux, smashed, y)
-        client.step(smashed, est_cut_grad)
+        client.backward(smashed, est_cut_grad)
         metrics.loss(i, s, aux_loss, at="aux")
 
 # %% ../nbs/07_sage.ipynb #325fcfe9

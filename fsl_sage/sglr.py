@@ -322,7 +322,7 @@ def run_round(
     metrics = Metrics()
     for s, batches in state.parallel_batches(rnd):
         # 1. Every client's forward pass; smashed data and labels go up.
-        smashed = {i: state.clients[i](x) for i, x, _ in batches}
+        smashed = {i: state.clients[i].forward(x) for i, x, _ in batches}
         arrived = {i: ledger.link(rnd, i).up(smashed=smashed[i], labels=y) for i, _, y in batches}
         # 2. The server joins them, makes one loss, and steps once, at SplitLr's rate.
         # 3. Each client's slice of the gradient.
@@ -332,7 +332,7 @@ def run_round(
         # 5. Every client steps. Nobody exchanges models.
         for i, z in smashed.items() if state.clients_learn else ():
             own = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=cut_grads[i])
-            state.clients[i].step(z, own)
+            state.clients[i].backward(z, own)
         metrics.loss(-1, s, loss)
     return metrics
 

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .core import generator, one_of, random_stream, require
+from .recording import Recorder, recorded
 
 # %% ../nbs/03_split.ipynb #6073bc46
 class _OpenTo(fx.Tracer):
@@ -530,6 +531,7 @@ class Part:
     precision: str = "fp32"  # of forward and backward passes; parameters and what crosses the cut are float32 always
     draws: Draws | None = None  # None: its layers draw nothing in training
     owner: tuple[str | int, ...] = ()  # the address of its streams: its kind and its client
+    recorder: Recorder | None = field(default=None, compare=False, repr=False)  # of its steps, on a GPU
 
     def __call__(
         self,
@@ -564,6 +566,26 @@ class Part:
         loss.backward(gradient)
         self.optimizer.step()
 
+    @property
+    def player(self) -> Recorder | None:
+        "What plays its steps; None where they are done as they stand, as those of layers that draw always are."
+        return None if self.draws is not None and self.model.training else self.recorder
+
+    def forward(
+        self,
+        x: Tensor,  # images
+    ) -> Tensor:  # smashed data
+        "A forward pass to which `backward` belongs."
+        return self(x) if self.player is None else self.player.forward(self, x)
+
+    def backward(
+        self,
+        smashed: Tensor,  # what `forward` gave
+        cut_grad: Tensor,  # ∂ℓ/∂smashed
+    ) -> None:
+        "Back-propagate from the cut and take one step of the optimiser."
+        self.step(smashed, cut_grad) if self.player is None else self.player.backward(self, cut_grad)
+
     def step_schedule(self) -> None:
         "Move the learning-rate schedule on by one round, if there is one."
         if self.scheduler is not None:
@@ -593,6 +615,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }  # (logits, labels, reduction="mean" or "sum" over samples) → scalar
 
 # %% ../nbs/03_split.ipynb #cae2e614
+@recorded
 def server_step(
     server: Part,  # the server's model and optimiser
     smashed: Tensor,  # (batch, …) as it arrived: detached

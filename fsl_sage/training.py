@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +35,7 @@ from .core import arithmetic, choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
 from .federation import Algorithm, Metrics, State, require_only_present, round_stream, take_part
 from .fleet import clients_in_flight
+from .recording import OnGpu, recording
 from .ledger import Ledger
 from .sage import SAGE
 from .sglr import SGLR
@@ -525,10 +526,14 @@ def train_state(
     checkpoint_seconds: float = 10.0,  # between two checkpoints, more where writing takes long; 0: each round
     callbacks: Sequence[Callback] = (),  # told of each round
     data: str | None = None,  # digest that the data set must have; None: any
+    recorded: bool = False,  # play the steps from CUDA graphs; needs a GPU
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
     "`train`, for those who want the trained models too."
     device = choose_device(device)
-    run = begin(experiment, device, root, in_flight, checkpoint, data)
+    fine = f"False on {device.type}: CUDA graphs need a GPU"
+    require(not recorded or device.type == "cuda", "recorded", recorded, fine)
+    with recording(OnGpu) if recorded else nullcontext():
+        run = begin(experiment, device, root, in_flight, checkpoint, data)
     state, ledger, done = run.state, run.ledger, run.done
 
     def models() -> list[nn.Module]:
@@ -572,13 +577,15 @@ def train(
     checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
     callbacks: Sequence[Callback] = (),  # told of each round
     data: str | None = None,  # digest that the data set must have (`digests.data_digest`); None: any
+    recorded: bool = False,  # play the steps from CUDA graphs (`02b_recording`); needs a GPU
 ) -> History:
     """Run `experiment`.
 
     `DivergedError` when a loss is not finite, with the history so far; `ValueError` names a field that does not fit
     the data.
     """
-    return train_state(experiment, device, root, progress, in_flight, checkpoint, callbacks=callbacks, data=data)[0]
+    options = {"callbacks": callbacks, "data": data, "recorded": recorded}
+    return train_state(experiment, device, root, progress, in_flight, checkpoint, **options)[0]
 
 # %% ../nbs/09_training.ipynb #09d3211b
 def selected(

@@ -90,7 +90,7 @@ def test_every_check_passes_without_the_packages_that_are_missing_there(machine)
     said = json.loads((out / "check.json").read_text())
     assert all(words.startswith("ok") for words in said.values()), (said, (out / "log.txt").read_text()[-3000:])
     found = {path.stem for path in out.glob("*.json")} - {"check"}
-    assert set(said) == found == {"env", "traces", "smoke", "engine", "beside"}
+    assert set(said) == found == {"env", "traces", "smoke", "engine", "recorded", "beside"}
     assert len(list(out.iterdir())) <= 8
     traces, smoke = (json.loads((out / f"{name}.json").read_text()) for name in ("traces", "smoke"))
     assert traces["simple_conv-cse_fsl"]["worst"] < 1e-7
