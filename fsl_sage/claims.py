@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEDGER_COLUMNS', 'VERDICTS', 'AS_PUBLISHED', 'CONFIDENCE', 'LARGE', 'FREE', 'VARIES', 'COUNTED', 'KEY', 'PLACE',
-           'VERSUS', 'OWNERS', 'COLUMNS', 'parse_setting', 'all_published', 'published', 'bytes_to_reach', 'best_up_to',
-           'final_at', 'Spread', 'sglr_setting', 'replicate_spread', 'margin_of', 'verdict', 'parse_order', 'OrderTest',
-           'order_test', 'holm', 'order_verdict', 'fingerprint', 'values_of', 'judge', 'compare', 'order_claims',
-           'numbers_of', 'read_versus', 'our_numbers', 'gather', 'count_verdicts']
+           'VERSUS', 'OWNERS', 'COLUMNS', 'TWICE', 'parse_setting', 'all_published', 'published', 'bytes_to_reach',
+           'best_up_to', 'best_at', 'final_at', 'Spread', 'sglr_setting', 'replicate_spread', 'margin_of', 'verdict',
+           'parse_order', 'OrderTest', 'order_test', 'holm', 'order_verdict', 'fingerprint', 'values_of', 'judge',
+           'compare', 'order_claims', 'numbers_of', 'read_versus', 'our_numbers', 'gather', 'count_verdicts',
+           'settings_tested']
 
 # %% ../nbs/12_claims.ipynb #8c94afc8
 import hashlib
@@ -19,6 +20,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -102,6 +104,14 @@ def best_up_to(
 ) -> float:  # accuracy, 0..1; NaN: the first round is beyond the budget
     "The best test accuracy within the budget."
     return float(_one_run(rounds).query("paper_bytes <= @budget").test_accuracy.max())
+
+
+def best_at(
+    rounds: pd.DataFrame,  # of one run
+    budget: float,  # bytes, in the paper's counting
+) -> float:  # accuracy, 0..1; NaN: the run ended before
+    "The best test accuracy of a run that spent the budget. A first passage asks whether it is above the target."
+    return best_up_to(rounds, budget) if rounds.paper_bytes.max() >= budget else math.nan
 
 
 def final_at(
@@ -550,3 +560,21 @@ def count_verdicts(
     "How many claims have which verdict."
     counts = pd.crosstab([ledger.paper, ledger.kind], ledger.verdict)
     return counts.reindex(columns=list(VERDICTS), fill_value=0)
+
+# %% ../nbs/12_claims.ipynb #87bbfd8c
+TWICE = "test_accuracy_at_printed_GiB"  # another way to judge communication_to_81_percent
+
+
+def settings_tested(
+    ledger: pd.DataFrame,  # from `gather`
+) -> pd.Series:  # a verdict by setting; empty: no run at the published setting
+    "What runs at the published setting say of each number. Cells of one setting with different verdicts: undecided."
+    numbers = ledger[(ledger.kind == "number") & (ledger.variant == "") & (ledger.metric != TWICE)]
+    found: dict[Any, set[str]] = {}
+    for row in numbers.itertuples():
+        cell = row.artefact in ("Table 1", "Table 2", "Table 3") and row.metric == "test_accuracy"
+        own = sglr_setting(SimpleNamespace(**parse_setting(row.setting))) if cell else (row.artefact, row.setting)
+        words = found.setdefault((row.paper, row.metric, *own), set())
+        words |= {row.verdict} if row.preset in AS_PUBLISHED and row.verdict != "not run" else set()
+    words = {place: next(iter(one)) if len(one) == 1 else "undecided" * bool(one) for place, one in found.items()}
+    return pd.Series(words.values(), index=[str(place) for place in words], dtype=str)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fsl_sage.claims import COUNTED, KEY, OWNERS, VERSUS, gather, values_of
+from fsl_sage.claims import COUNTED, KEY, OWNERS, VERSUS, gather, settings_tested, values_of
 
 GALLERY = Path(__file__).parent.parent / "figures" / "gallery"
 
@@ -51,11 +51,10 @@ def test_a_deviation_stands_where_two_seeds_are(ledger):
 def test_the_readme_counts_as_the_ledger_does(ledger):
     text = (GALLERY.parent.parent / "README.md").read_text("utf-8")
     pattern = r"Of (\d+) published numbers (\d+) are tested at .*: (\d+) hold, (\d+) differ, (\d+) are undecided"
-    numbers = ledger[(ledger.kind == "number") & (ledger.variant == "")]
-    words = numbers.verdict.value_counts()
+    settings = settings_tested(ledger)
+    words = settings.value_counts()
     tested = [int(words.get(word, 0)) for word in ("holds", "differs", "undecided")]
-    total = len(numbers.drop_duplicates(KEY))
-    assert [int(n) for n in re.search(pattern, text).groups()] == [total, sum(tested), *tested]
+    assert [int(n) for n in re.search(pattern, text).groups()] == [len(settings), sum(tested), *tested]
 
 
 FIGURES = {  # words in docs/results.md before a text with numbers → the figures it speaks of
