@@ -405,6 +405,7 @@ def save_figure(
     require(bool(alt.strip()), "alt", alt, "a sentence that says what the picture shows")
     file = any(path.is_file() for path in (Path(folder), *Path(folder).parents))
     require(not file, "folder", str(folder), "a folder, or a place for one; a file is in the way")
+    figure.set_dpi(DPI)  # in which it is saved: letters are wider there than in a notebook
     figure.draw_without_rendering()  # lay out once; laying out again would move things by fractions of a pixel
     figure.set_layout_engine("none")
     if (cut := sticks_out(figure)) >= 1 / DPI:  # no reason to lose it: another machine's name may be longer

@@ -206,6 +206,15 @@ def test_stored_pictures_are_whole_and_fit_the_page(png):
         assert_whole(np.asarray(image.convert("L")))
 
 
+def test_small_letters_fit_in_the_resolution_in_which_they_are_saved(tmp_path):
+    figure, (ax,) = new_figure(height=1.4)
+    ax.set_yticks([0, 1], ["α = 0, φ = 0.5", "α = 1, φ = 0.75"])
+    ax.tick_params(labelsize=7.5, length=0)
+    png = save_figure(figure, tmp_path, "demo", **WORDS)[0]
+    with Image.open(png) as image:
+        assert_whole(np.asarray(image.convert("L")))
+
+
 @pytest.mark.parametrize("side", ["xlabel", "ylabel"])
 def test_cut_text_is_named(tmp_path, side):
     figure, (ax,) = new_figure(width=COLUMN)
