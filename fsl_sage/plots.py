@@ -65,6 +65,8 @@ AXES = {
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
     "train_loss": "training loss",
+    "iteration": "iteration",
+    "gradient_norm": "norm of the loss's gradient",
     "epoch": "epoch",
     "num_clients": "clients",
     "auxiliary_MiB": "auxiliary model [MiB]",
