@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SIZES', 'OWN_SIZES', 'TARGETS', 'LIMITS', 'PUBLISHED_ROUNDS', 'CENTRALISED_ROUNDS', 'AUXILIARY_SIZES',
-           'INTERVALS', 'ABLATIONS', 'CURVES', 'comparison_run', 'headline_run', 'as_fed_avg', 'ablation_run',
-           'auxiliary_size_run', 'partition_name', 'comparison_table', 'outcomes', 'order', 'draw_convergence']
+           'INTERVALS', 'ABLATIONS', 'ALPHAS', 'WITHIN', 'CURVES', 'comparison_run', 'headline_run', 'as_fed_avg',
+           'ablation_run', 'auxiliary_size_run', 'alpha_run', 'partition_name', 'comparison_table', 'outcomes', 'order',
+           'draw_convergence']
 
 # %% ../nbs/12b_comparison.ipynb #5aeb269e
 import math
@@ -119,12 +120,30 @@ def ablation_run(
 def auxiliary_size_run(
     size: str,  # smoke, quick or paper
     auxiliary: str,  # one of AUXILIARY_SIZES
+    algorithm: str = "fsl_sage",  # or cse_fsl
     **changes: object,  # fields by dotted name
 ) -> Experiment:
     "A run of the ablation of the auxiliary model's size; at `paper` until 200 GiB are sent."
     rounds = 1500 if auxiliary == "default" else 1600
     most = {"comm_threshold_mb": 204800.0, "rounds": rounds} if size == "paper" else {}
-    return ablation_run(size, "fsl_sage", **{"model.auxiliary.size": auxiliary}, **most, **changes)
+    return ablation_run(size, algorithm, **{"model.auxiliary.size": auxiliary}, **most, **changes)
+
+# %% ../nbs/12b_comparison.ipynb #89308914
+ALPHAS = {"smoke": (1, 10), "quick": (1, 10), "paper": (1, 10, 100, 1000, 10000)}
+WITHIN = {"smoke": (3, 5, 2), "quick": (17.5, 28, 8), "paper": (51200, 81920, 200)}  # two budgets in MiB; rounds
+_ENOUGH = {"fsl_sage": 600, "cse_fsl": 290}  # rounds, where 200 are fewer than 80 GB take
+
+
+def alpha_run(
+    size: str,  # smoke, quick or paper
+    algorithm: str,  # one of METHODS
+    alpha: float | None,  # one of ALPHAS; None: IID
+    **changes: object,  # fields by dotted name
+) -> Experiment:
+    "A run of the sweep over the heterogeneity of the clients. `ValueError` names a size or field that is unknown."
+    whole = size != "paper" or alpha in (None, 1)
+    shorter = {} if whole else {"rounds": _ENOUGH.get(algorithm, 200), "comm_threshold_mb": None}
+    return comparison_run(size, algorithm, alpha, **(shorter | changes))
 
 # %% ../nbs/12b_comparison.ipynb #d5699c05
 def partition_name(

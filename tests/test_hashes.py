@@ -13,5 +13,6 @@ HASHES = json.loads((Path(__file__).parent / "hashes.json").read_text())
 
 @pytest.mark.parametrize(("figure", "preset"), [(name, preset) for name in HASHES for preset in HASHES[name]])
 def test_planned_runs_keep_their_addresses(figure, preset):
-    planned = plan(ROOT / "figures" / f"{figure}.ipynb", {"preset": preset})
-    assert [experiment.hash for experiment in planned] == HASHES[figure][preset].split()
+    """A figure may plan more runs than before; what somebody has stored for it is still found."""
+    planned = {experiment.hash for experiment in plan(ROOT / "figures" / f"{figure}.ipynb", {"preset": preset})}
+    assert [stored for stored in HASHES[figure][preset].split() if stored not in planned] == []
