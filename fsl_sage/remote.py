@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from .checkpoint import Progress
 from .config import Experiment
-from .core import arithmetic, as_tensors, printable, require, tensor_bytes
+from .core import arithmetic, as_tensors, generator, printable, random_stream, require, tensor_bytes
 from .federation import Algorithm, LocalData, Metrics, State, asked_clients
 from .federation import only_global, round_stream, take_part
-from .ledger import Ledger, Link, framing_bytes
+from .ledger import Ledger, Link, framing_bytes, is_channels_last
 from .split import Part
 from fsl_sage.training import (
     ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, is_due, is_spent, round_row, trouble,
@@ -49,6 +49,19 @@ class _Absent(torch.autograd.Function):
         return grad.new_empty(ctx.shape, dtype=ctx.dtype), None, None
 
 # %% ../nbs/19_remote.ipynb #fd82861a
+@torch.no_grad()
+def _shape_of(model: nn.Module, x: Tensor) -> torch.Size:
+    "The shape of the output for an input on meta."
+    try:
+        return deepcopy(model).to("meta").train()(torch.empty_like(x)).shape
+    except (RuntimeError, NotImplementedError):  # a layer that looks at its numbers
+        here = deepcopy(model).to_empty(device="cpu").train()
+        for tensor in here.state_dict().values():
+            tensor.zero_()
+        with random_stream(generator(0, "shape")):
+            return here(torch.zeros(x.shape)).shape
+
+
 @dataclass
 class Placed(Part):
     "A part that computes and steps where its input is here, and gives shapes where it is not."
@@ -63,8 +76,7 @@ class Placed(Part):
         if not x.is_meta:
             return super().__call__(x)
         if x.shape not in self.shapes:
-            with torch.no_grad():
-                self.shapes[x.shape] = deepcopy(self.model).to("meta").train()(torch.empty_like(x)).shape
+            self.shapes[x.shape] = _shape_of(self.model, x)
         dtypes = (parameter.dtype for parameter in self.model.parameters())
         return _Absent.apply(x, self.shapes[x.shape], next(dtypes, x.dtype))
 
@@ -134,12 +146,28 @@ class MessageError(ValueError):
         self.whose = list(whose)
 
 # %% ../nbs/19_remote.ipynb #5485daba
+def _written(name: str, tensor: Tensor) -> str:
+    "The name by which a message carries the tensor. A single tensor's ends with a dot, a model's do not."
+    return f"{name[:-1]}:" if name.endswith(".") and is_channels_last(tensor) else name
+
+
+def _read(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Tensors of a message, each in its order in memory, by its name."
+    named = {}
+    for name, tensor in tensors.items():
+        last, plain = name.endswith(":"), f"{name[:-1]}." if name.endswith(":") else name
+        require(plain not in named and (not last or tensor.ndim == 4), "name", name, "told once, of 4 dimensions")
+        room = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=torch.channels_last) if last else None
+        named[plain] = room.copy_(tensor) if last else tensor
+    return named
+
+
 def encode(
     tensors: dict[str, Tensor],  # by name, on any device
     plain: dict[str, Any] | None = None,  # what JSON can say, beside them
 ) -> bytes:
     "A message as bytes."
-    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    ready = {_written(name, tensor): tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(ready, None if plain is None else {"plain": json.dumps(plain, allow_nan=False)})
 
 
@@ -151,7 +179,7 @@ def decode(
     if limit is not None and len(data) > limit:
         raise MessageError(f"{len(data)} bytes, where {limit} are the most")
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = _read(safetensors.torch.load(data))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         plain = json.loads((header.get("__metadata__") or {}).get("plain", "{}"))
     except Exception as error:  # a stranger's bytes: whatever they break is a wrong message

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients, opened
+from fsl_sage.plugins import forget, load_plugins
 from fsl_sage.remote import MessageError, check, check_numbers, decode, encode
 from fsl_sage.training import train
 
@@ -173,3 +174,41 @@ def test_flower_apps_talk_in_one_process(tmp_path, monkeypatch):
 
 def test_a_question_is_numbers_and_bytes_only():
     assert {type(value) for value in vars(Question(1, 0, 2, b"", [b"x"], [])).values()} == {int, bytes, list}
+
+
+POOLED = """
+from collections import OrderedDict
+
+from torch import nn
+
+from fsl_sage.plugins import split_model
+
+
+@split_model("pooled", cut="relu")
+def pooled(in_channels, num_classes, image_size, width):
+    layers = {"conv": nn.Conv2d(in_channels, 16, 3), "norm": nn.BatchNorm2d(16), "relu": nn.ReLU()}
+    layers |= {"pool": nn.AvgPool2d(3, 1), "norm2": nn.BatchNorm2d(16), "mean": nn.AdaptiveAvgPool2d(5)}
+    return nn.Sequential(OrderedDict(layers | {"flat": nn.Flatten(), "fc": nn.Linear(400, num_classes)}))
+"""
+LOOKS = """class Looks(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x if x.sum().item() < 1e9 else -x)
+
+
+@split_model("looking", """
+LOOKING = POOLED.replace("nn.ReLU()", "Looks()").replace('@split_model("pooled", ', LOOKS)
+
+
+@pytest.mark.parametrize(("name", "content"), [("pooled", POOLED), ("looking", LOOKING)])
+def test_networks_of_ones_own_end_with_the_history_of_the_simulation(name, content, tmp_path):
+    """Sums follow the order in memory, also above a pool; a layer may look at its numbers."""
+    path = tmp_path / "own.py"
+    path.write_text(content)
+    load_plugins([path], installed=False)
+    try:
+        own = {"model.name": name, "model.auxiliary.size": "first_layers", "model.auxiliary.budget_mb": 1.0}
+        experiment = small("fsl_sage", **own)
+        history = ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server")
+        assert_same(train(experiment, "cpu", progress=False), history)
+    finally:
+        forget(str(path))
