@@ -121,6 +121,7 @@ class State:
     servers: Sequence[Part]  # one for all, or one a client
     auxes: Sequence[Part] = field(default_factory=list)  # one a client, or none
     drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # of client, server, aux: those that draw
+    fast: bool = field(default=True, kw_only=True)  # whether the parts work in the fast memory layout
     draws: Draws = field(init=False)  # where they draw from
     present: list[int] = field(init=False)  # the clients of this round, in ascending order
     previous: list[int] = field(init=False)  # those of the round before
@@ -265,6 +266,7 @@ def init_parts(
         "servers": copies(split.server, model.server.optimizer, servers),
         "auxes": copies(aux, model.auxiliary.optimizer, len(data)) if auxiliary else [],
         "drawing": trial.drawing,
+        "fast": trial.fast,
     }
 
 # %% ../nbs/05b_federation.ipynb #83d1d25f

@@ -253,7 +253,7 @@ def init(
     parts, config, n = init_parts(experiment, data), experiment.model, n_asked(experiment)
     server = parts["servers"][0].model
     if experiment.algorithm.mixing_mode == "concat_channels":
-        server = widened(experiment, data, parts["clients"][0].model, server)
+        server = widened(experiment, data, parts["clients"][0].model, server, parts["fast"])
     rate = server_rate(config.client.optimizer.lr, n, experiment.algorithm.lr_power)
     optimizer = replace(config.server.optimizer, lr=rate)
     parts["servers"] = [make_part(server, optimizer, experiment.rounds, experiment.precision)]
@@ -267,13 +267,15 @@ def widened(
     data: Sequence[LocalData],  # one a client
     client: nn.Module,  # left as it is
     server: nn.Module,  # for one client; copied
+    fast: bool = True,  # whether it works in the fast memory layout
 ) -> ManyHeads:
     "The server for `concat_channels`, its new layers drawn from the initialisation's stream."
     device = next(data[0].batches(0, 0))[0].device
     with random_stream(generator(experiment.init_seed, "init", "heads"), device), torch.no_grad():
         smashed = client.eval()(torch.zeros(1, *data[0].image_shape, device=device))
         client.train()
-        return fast_layout(ManyHeads(server, smashed, len(data)).to(device).train())
+        wide = ManyHeads(server, smashed, len(data)).to(device).train()
+        return fast_layout(wide) if fast else wide
 
 # %% ../nbs/08_sglr.ipynb #a2d37023
 def joint_step(

@@ -1,11 +1,15 @@
 """Parallel split learning, SplitLr and SplitAvg: what must hold whatever the numbers, Table 6, and bad input."""
 
+from collections import OrderedDict
+
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import read_trace
+from torch import nn
 
+from fsl_sage import plugins
 from fsl_sage.config import MIXING_MODES, AlgorithmConfig, Experiment, SchedulerConfig, preset
 from fsl_sage.core import generator, tensor_bytes, weighted_average
 from fsl_sage.federation import FixedData, State
@@ -437,3 +441,26 @@ def test_the_first_and_the_last_phase_are_equally_long(fraction, rounds, long):
     on = [1.0] * long + [0.0] * (rounds - long)
     assert [fraction_now(first, rnd, rounds) for rnd in range(rounds)] == on
     assert [fraction_now(last, rnd, rounds) for rnd in range(rounds)] == on[::-1]
+
+
+class Viewed(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.conv = nn.Conv2d(n, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y.view(len(x), -1).view(y.shape)  # not channels last
+
+
+def test_a_network_that_needs_the_usual_layout_can_be_widened():
+    def build(in_channels, num_classes, image_size, width):
+        layers = {"conv": nn.Conv2d(in_channels, 8, 3, 2), "viewed": Viewed(8), "pool": nn.AdaptiveAvgPool2d(1)}
+        return nn.Sequential(OrderedDict(layers | {"flat": nn.Flatten(), "fc": nn.Linear(4, num_classes)}))
+
+    try:
+        plugins.split_model("viewed", cut="conv")(build)
+        state = run("sglr", 1, model="viewed", mixing_mode="concat_channels")
+        assert isinstance(state.servers[0].model, ManyHeads) and not state.fast
+    finally:
+        plugins.forget(plugins.FILES[plugins.PLUGGED["model", "viewed"]].home)
