@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPE', 'require', 'one_of', 'printable', 'printable_lines', 'user_path', 'choose_device', 'generator',
-           'random_stream', 'arithmetic', 'weighted_average', 'as_tensors', 'tensor_bytes', 'forget_peak_memory',
-           'peak_memory', 'atomic_path']
+           'random_stream', 'arithmetic', 'weighted_average', 'as_tensors', 'tensor_bytes', 'held_memory', 'memory_of',
+           'forget_peak_memory', 'peak_memory', 'atomic_path']
 
 # %% ../nbs/00_core.ipynb #724ca03b
 import difflib
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 # %% ../nbs/00_core.ipynb #9279de71
 def require(
@@ -276,6 +277,39 @@ def tensor_bytes(
 ) -> int:  # bytes
     "Bytes of the tensors of `value`, buffers included, nothing else."
     return sum(tensor.numel() * tensor.element_size() for tensor in as_tensors(value).values())
+
+# %% ../nbs/00_core.ipynb #d6ba69dd
+@contextmanager
+def held_memory(
+    module: nn.Module,  # whose parameters and buffers are not counted
+) -> Iterator[dict[int, int]]:  # bytes by storage, growing during the block
+    "What autograd saves for the backward pass of the block's computations."
+    own = {tensor.untyped_storage()._cdata for tensor in [*module.parameters(), *module.buffers()]}
+    held, alive = {}, []
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            held[storage._cdata] = storage.nbytes()
+            alive.append(storage)  # so that no other gets its place
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        yield held
+
+
+def memory_of(
+    device: torch.device,
+) -> int:  # bytes
+    "The memory of a device, as far as this process may have it."
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # not known
+        return 2**63
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # "max": no limit
+        return min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 # %% ../nbs/00_core.ipynb #b7fca5f0
 def forget_peak_memory() -> None:

@@ -363,6 +363,10 @@ def count_classes(
     if num_classes is None and classes > 2 * len(labels):
         gaps = f"has {len(labels)} different labels up to {labels[-1]}; at least half of 0 … {labels[-1]} must occur"
         raise broken(path, f"{gaps}. Number them anew, those of y_train first: {RENUMBER}")
+    if len(labels) == 1:
+        warnings.warn(f"{path}: all labels are {labels[0]}, so every accuracy will be 1", stacklevel=3)
+    elif len(trained) == 1:
+        warnings.warn(f"{path}: all labels of y_train are {trained[0]}, so nothing can be learnt", stacklevel=3)
     unknown = np.setdiff1d(tested, trained)
     if len(unknown):
         some = ", ".join(map(str, unknown[:10]))

@@ -21,9 +21,8 @@ from torch import nn
 from .auxiliary import auxiliary_model
 from .clock import CountFlops, Costs, attendances, costs_of
 from .config import DatasetConfig, Experiment, ModelConfig, preset
-from .core import arithmetic, one_of
+from .core import arithmetic, held_memory, one_of
 from .data import KNOWN
-from .explore import held_memory
 from .split import SplitModel, fast_layout, split_model
 
 # %% ../nbs/17c_estimate.ipynb #68d7e1b5

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from fsl_sage import sage
+from fsl_sage.auxiliary import true_cut_grad
 from fsl_sage.config import preset
+from fsl_sage.core import held_memory
 from fsl_sage.federation import FixedData, init_parts
 from fsl_sage.ledger import Ledger
-from fsl_sage.sage import aligned_sizes, init
+from fsl_sage.sage import aligned_sizes, alignment_memory, init
 from fsl_sage.training import set_up, train_state
 from fsl_sage.watch import watched_rounds
 
@@ -75,3 +78,27 @@ def test_a_run_that_is_watched_is_the_run(changes):
     assert rnd == history.rounds["round"].iloc[-1]
     for one, two in zip(trained.parts, state.parts, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+
+
+def test_an_alignment_that_does_not_fit_into_memory_is_refused_before_the_first_round(monkeypatch):
+    experiment = preset("smoke", **{"model.client.batch_size": 100, "algorithm.max_dataset_size": 1000, "rounds": 12})
+    data = samples(700, 100)
+    needed = alignment_memory(init(experiment, data, Ledger()), 1000)
+    assert needed > 1000 * 2 * 28 * 28  # at least two bytes of each pixel
+    monkeypatch.setattr(sage, "memory_of", lambda device: needed // 2)
+    says = r"max_dataset_size=1000: must be such that an alignment fits .*client .'s buffer of 1000 samples needs"
+    with pytest.raises(ValueError, match=says) as error:
+        init(experiment, data, Ledger())
+    enough = int(str(error.value).split()[-3])
+    state = init(experiment.replace(**{"algorithm.max_dataset_size": enough}), data, Ledger())
+    assert 100 < enough < 1000 and alignment_memory(state, enough) < needed // 2
+
+
+def test_what_an_alignment_holds_is_what_autograd_saves():
+    experiment, data = preset("smoke"), samples(40, 40)
+    state = init(experiment, data, Ledger())
+    x, y = next(data[0].batches(0, 0))
+    smashed = state.clients[0].model(x).detach()
+    with held_memory(state.servers[0].model) as held:
+        true_cut_grad(state.servers[0].model, smashed, y)
+    assert 0.5 < alignment_memory(state, 32) / sum(held.values()) < 4  # small maps hold a copy of their kernel, too

@@ -460,6 +460,18 @@ def test_a_test_label_that_is_never_trained_is_said(tmp_path):
         load("mine", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [(("y_train", "y_test"), "all labels are 0, so every accuracy will be 1"), (("y_train",), "nothing can be learnt")],
+)
+def test_a_single_class_is_said(keys, says, tmp_path):
+    made = arrays(classes=4)
+    np.savez(tmp_path / "mine.npz", **made | {key: 0 * made[key] for key in keys})
+    with pytest.warns(UserWarning) as told:
+        load("mine", tmp_path)
+    assert any(says in str(warning.message) for warning in told)
+
+
 def test_the_remedy_is_one_for_this_file(tmp_path, monkeypatch):
     assert "Reinstall the package" in str(data.broken(data.EMBEDDED / "fmnist_mini.npz", "is damaged"))
     assert "einstall" not in str(data.broken(tmp_path / "mine.npz", "is damaged"))

@@ -9,8 +9,8 @@ import torchvision.models as zoo
 
 from fsl_sage.auxiliary import auxiliary_model
 from fsl_sage.config import preset
-from fsl_sage.core import tensor_bytes
-from fsl_sage.explore import bytes_per_round, explore, held_memory, plot_cuts
+from fsl_sage.core import held_memory, tensor_bytes
+from fsl_sage.explore import bytes_per_round, explore, plot_cuts
 from fsl_sage.split import SplitModel, split_model
 from fsl_sage.training import train
 
