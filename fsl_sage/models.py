@@ -6,7 +6,7 @@
 __all__ = ['whole_state', 'KeepModel', 'load_model', 'export_model', 'load_halves']
 
 # %% ../nbs/14c_models.ipynb #9e1a5009
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,21 @@ def whole_state(
 class KeepModel(Callback):
     "Writes what is evaluated after the last round to the store's `models/<name of the run>.safetensors`."
 
-    def __init__(self, store: str | Path):  # root of the store
-        self.store = Path(store)
+    def __init__(
+        self,
+        store: str | Path,  # its root
+        only: Collection[Experiment] | None = None,  # whose models are kept; None: all
+    ):
+        self.store, self.only = Path(store), only
 
     def start(self, experiment: Experiment) -> None:
         "`StoreError` if there is no place for models: now, not after the last round."
-        check_writable(self.store / "models")
+        if self.only is None or experiment in self.only:
+            check_writable(self.store / "models")
 
     def end(self, history: History, models: Models) -> None:
         "Not for a run that has diverged. `OSError` if the file cannot be written."
-        if history.stopped == "diverged":
+        if history.stopped == "diverged" or not (self.only is None or history.experiment in self.only):
             return
         tensors = {f"{i}.{n}": t for i, model in enumerate(models()) for n, t in whole_state(model).items()}
         name = run_name(self.store, history.experiment, history.data)

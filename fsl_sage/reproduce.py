@@ -33,6 +33,7 @@ from .config import PRESETS, Experiment
 from .core import choose_device, one_of, require, user_path
 from .estimate import BUNDLES, estimate
 from .plots import PLACES
+from .models import KeepModel
 from .report import build_report
 from .runs import RunStore, StoreError, checkout, default_jobs, label, side_by_side, train_missing
 
@@ -76,11 +77,8 @@ def parameters_for(
     return {**given, **{parameter: value for parameter, value in optional.items() if parameter in known}}
 
 # %% ../nbs/18_reproduce.ipynb #9389d303
-def plan(
-    notebook: str | Path,
-    parameters: Mapping[str, Any],  # set after the cell tagged `parameters`
-) -> list[Experiment] | None:  # None: it has no cell tagged `plan`
-    "The runs that a figure notebook will ask of the store. Whatever its cells raise is passed on."
+def _after_plan(notebook: str | Path, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+    "The names that a notebook has after its cell tagged `plan`; None if it has no such cell."
     import nbformat
 
     cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
@@ -94,10 +92,23 @@ def plan(
             exec(compile(cell.source, str(notebook), "exec"), namespace)
             if "parameters" in names:
                 namespace.update(parameters)
-    runs = namespace.get("experiments")
+    return namespace
+
+
+def _runs_called(name: str, namespace: Mapping[str, Any], notebook: str | Path) -> list[Experiment]:
+    runs = namespace.get(name)
     ok = isinstance(runs, list) and all(isinstance(run, Experiment) for run in runs)
-    require(ok, "experiments", type(runs).__name__, f"a list of experiments after the cell tagged 'plan' of {notebook}")
+    require(ok, name, type(runs).__name__, f"a list of experiments after the cell tagged 'plan' of {notebook}")
     return runs
+
+
+def plan(
+    notebook: str | Path,
+    parameters: Mapping[str, Any],  # set after the cell tagged `parameters`
+) -> list[Experiment] | None:  # None: it has no cell tagged `plan`
+    "The runs that a figure notebook will ask of the store. Whatever its cells raise is passed on."
+    namespace = _after_plan(notebook, parameters)
+    return None if namespace is None else _runs_called("experiments", namespace, notebook)
 
 # %% ../nbs/18_reproduce.ipynb #beab260f
 @contextmanager
@@ -128,6 +139,7 @@ class Figure:
     notebook: Path
     parameters: dict[str, Any]  # for papermill
     experiments: list[Experiment] = field(default_factory=list)  # that it will ask of the store, as far as is known
+    models: list[Experiment] = field(default_factory=list)  # those of them whose trained models it reads
     remarks: list[str] = field(default_factory=list)  # for the summary
     wrong: str | None = None  # what went wrong, in a line
     seconds: float = 0.0
@@ -203,7 +215,9 @@ def planned(
         if seeds and "seeds" not in figure.parameters:
             figure.remarks.append("has no seeds to set")
         try:
-            figure.experiments = plan(figure.notebook, figure.parameters) or []
+            if (namespace := _after_plan(figure.notebook, figure.parameters)) is not None:
+                figure.experiments = _runs_called("experiments", namespace, figure.notebook)
+                figure.models = _runs_called("models", {"models": [], **namespace}, figure.notebook)
         except Exception as error:  # when it is executed, it will fail at the same cell, and say so
             figure.remarks.append(f"could not be planned: {type(error).__name__}: {error}".splitlines()[0])
     return figures
@@ -252,7 +266,9 @@ def train_planned(
     print(f"{len(figures)} figures show {len(asked)} runs, {len(needed)} different: {len(needed) - missing} stored, "
           f"{missing} to train", flush=True)  # fmt: skip
     try:
-        return train_missing(store.root, needed, parameters["device"], root, True, jobs)
+        models = [run for figure in figures for run in figure.models]
+        keep = [KeepModel(store.root, models)] if models else []
+        return train_missing(store.root, needed, parameters["device"], root, True, jobs, keep)
     except StoreError:
         raise
     except Exception as error:

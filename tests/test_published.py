@@ -9,7 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from fsl_sage import runs
 from fsl_sage.estimate import BUNDLES
-from fsl_sage.reproduce import claimed, figure_notebooks, main, plan
+from fsl_sage.reproduce import claimed, figure_notebooks, main, plan, planned, train_planned
 from fsl_sage.runs import RunStore
 
 FIGURES = Path(__file__).parent.parent / "figures"
@@ -62,6 +62,22 @@ def test_without_training_figures_show_the_runs_that_are_there(tmp_path, monkeyp
     assert said.count(f"1 of 2 runs missing: CSE-FSL seed 200 ({missing.hash})") == 2
     assert not RunStore().folder(missing).exists(), "a run was trained"
     assert "1 of 2 figures made, 1 failed" in said
+
+
+def test_the_batch_keeps_the_models_that_a_figure_reads_and_no_others(tmp_path):
+    """A figure of trained models need not train the runs again that another figure shows."""
+    source = SOURCES["plan"] + "\nmodels = experiments[:1]"
+    cells = [new_code_cell(SOURCES["parameters"], metadata={"tags": ["parameters"]})]
+    cells.append(new_code_cell(source, metadata={"tags": ["plan"]}))
+    nbformat.write(new_notebook(cells=cells), tmp_path / "of_models.ipynb")
+    parameters = {"preset": "smoke", "device": "cpu"}
+    figures = planned([tmp_path / "of_models.ipynb"], parameters, [])
+    wanted, other = figures[0].experiments
+    assert figures[0].models == [wanted]
+    store = RunStore(tmp_path / "runs")
+    assert not train_planned(figures, store, parameters, 1, force=False)
+    assert store.stored([wanted, other]) == [wanted, other]
+    assert [runs.model_of(store.root, run.hash).exists() for run in (wanted, other)] == [True, False]
 
 
 @pytest.mark.parametrize(("cores", "jobs"), [(1, 1), (4, 2), (16, 6)])
