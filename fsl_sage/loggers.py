@@ -8,6 +8,7 @@ __all__ = ['LOGGERS', 'TensorBoard', 'WandB']
 # %% ../nbs/14d_loggers.ipynb #958fd531
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 # %% ../nbs/14d_loggers.ipynb #c7b4d42d
 class TensorBoard(Callback):
-    "Writes a row's numbers to `<store>/tensorboard/<hash>`."
+    "Writes a row's numbers to `<store>/tensorboard/<name of the run>`."
 
     def __init__(self, store: str | Path):  # root of the store
         self.folder = Path(store) / "tensorboard"
@@ -30,7 +31,7 @@ class TensorBoard(Callback):
         "Open the run's folder; rounds that will come again are forgotten. `ImportError` without the extra."
         from torch.utils.tensorboard import SummaryWriter  # an extra
 
-        self.writer = SummaryWriter(self.folder / experiment.hash, purge_step=self.first_round)
+        self.writer = SummaryWriter(self.folder / self.run_name, purge_step=self.first_round)
 
     def round(self, row: dict[str, Any], models: Models) -> None:
         "A scalar for each column."
@@ -54,20 +55,34 @@ class WandB(Callback):
         self.folder, self.project = Path(store), project
 
     def start(self, experiment: Experiment) -> None:
-        "Begin the experiment's run, or go on with it: its id is the hash. `ImportError` without the extra `wandb`."
+        "Begin the run, or go on with it: its id is its name. `ImportError` without the extra `wandb`."
         import wandb  # an extra
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self.before = int(experiment.algorithm.warm_start)  # rounds before round 0: steps begin at 0
+        mode = os.environ.get("WANDB_MODE", "offline")
+        again = self._forget_sessions() if mode == "offline" else False
         self.run = wandb.init(
-            project=self.project, id=experiment.hash, resume="allow", name=experiment.hash,
-            config=experiment.to_dict(), dir=str(self.folder), mode=os.environ.get("WANDB_MODE", "offline"),
-            settings=wandb.Settings(silent=True),
+            project=self.project, id=self.run_name, resume=None if mode == "offline" else "allow", name=self.run_name,
+            config=experiment.to_dict(), dir=str(self.folder), mode=mode, settings=wandb.Settings(silent=True),
         )  # fmt: skip
+        for row in self.earlier if again else ():
+            self._log(row)
+
+    def _forget_sessions(self) -> bool:  # whether all were forgotten, so that the next one must hold the whole run
+        "Delete the run's offline sessions, but not those that `wandb sync` has sent."
+        sessions = list(self.folder.glob(f"wandb/offline-run-*-{self.run_name}"))
+        sent = [session for session in sessions if list(session.glob("*.synced"))]
+        for session in set(sessions) - set(sent):
+            shutil.rmtree(session, ignore_errors=True)
+        return not sent
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.run.log({"round": row["round"], **_numbers(row)}, step=row["round"] + self.before)
 
     def round(self, row: dict[str, Any], models: Models) -> None:
         "A value for each column."
-        self.run.log({"round": row["round"], **_numbers(row)}, step=row["round"] + self.before)
+        self._log(row)
 
     def end(self, history: History, models: Models) -> None:
         "Finish the run."

@@ -584,13 +584,13 @@ def _one_thread(device: str | torch.device) -> Iterator[None]:
 class Extras(Callback):
     "Callbacks of a run that goes into the store, where their failures cannot reach it."
 
-    def __init__(self, callbacks: Sequence[Callback]):
-        self.callbacks, self.failed, self.ended = list(callbacks), {}, None
+    def __init__(self, callbacks: Sequence[Callback], name: str):
+        self.callbacks, self.name, self.failed, self.ended = list(callbacks), name, {}, None
 
     def start(self, experiment: Experiment) -> None:
         "All begin, or the run does not."
         for callback in self.callbacks:
-            callback.first_round = self.first_round
+            callback.first_round, callback.earlier, callback.run_name = self.first_round, self.earlier, self.name
             callback.start(experiment)
 
     def round(self, row: dict[str, Any], models: Models) -> None:
@@ -656,7 +656,7 @@ def _train_here(
         return
     if aside.exists():
         raise diverged_before(aside, experiment)
-    checkpoint, extras = checkpoint_of(store, name), Extras(callbacks)
+    checkpoint, extras = checkpoint_of(store, name), Extras(callbacks, name)
     notes, place = ({"resumed": True} if checkpoint.exists() else {}), folder
     forget_peak_memory()
     try:

@@ -305,6 +305,8 @@ class Callback:
     "Looks on while a run is made. Override what you need."
 
     first_round: int = 0  # set before `start`: the first round it will see; rounds from there on may come again
+    earlier: Sequence[dict[str, Any]] = ()  # set before `start`: the rows of the rounds before
+    run_name: str = ""  # set before `start`: the run's hash, in a store perhaps with its data's
 
     def start(self, experiment: Experiment) -> None:
         "Before the first round, or the first one after a checkpoint."
@@ -323,9 +325,10 @@ def _tell(callbacks: Sequence[Callback], device: torch.device, event: str, *what
             getattr(callback, event)(*deepcopy(what))
 
 
-def _start(callbacks: Sequence[Callback], device: torch.device, experiment: Experiment, first_round: int) -> None:
+def _start(callbacks: Sequence[Callback], device: torch.device, experiment: Experiment, done: Progress) -> None:
     for callback in callbacks:
-        callback.first_round = first_round
+        callback.first_round, callback.earlier = done.next_round, deepcopy(done.rounds)
+        callback.run_name = experiment.hash
     _tell(callbacks, device, "start", experiment)
 
 
@@ -542,7 +545,7 @@ def train_state(
     tell, saver = partial(_tell, callbacks, device), Saver(checkpoint, checkpoint_seconds)
     attending = islice(attendances(experiment, run.register.samples, run.register.costs), len(done.rounds), None)
     rounds = range(done.next_round, experiment.rounds)
-    _start(callbacks, device, experiment, done.next_round)
+    _start(callbacks, device, experiment, done)
     bar = tqdm(rounds, experiment.algorithm.name, unit="round", disable=not progress)
     for rnd, attendance in zip(bar, attending, strict=False):
         metrics = one_round(run, rnd, attendance)

@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -799,32 +802,120 @@ def test_after_a_stop_tensorboard_shows_each_round_once(tmp_path):
     assert steps_in(tmp_path / "tensorboard" / experiment.hash) == [0, 1, 2]
 
 
-def test_after_a_stop_weights_and_biases_go_on_with_the_run(tmp_path, monkeypatch):
-    said, steps = [], []
+def sessions_in(folder):
+    """By offline session of Weights & Biases: the run's id and the steps with their rounds, as its own format says."""
+    proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    found = {}
+    for file in sorted(Path(folder).glob("wandb/offline-run-*/*.wandb")):
+        data, i, whole, ids, steps = file.read_bytes(), 7, b"", [], []
+        while i + 7 <= len(data):  # blocks of 32 KiB, records with checksum, length and kind: LevelDB's log
+            if 32768 - i % 32768 < 7:
+                i += 32768 - i % 32768
+                continue
+            length, kind = int.from_bytes(data[i + 4 : i + 6], "little"), data[i + 6]
+            whole += data[i + 7 : i + 7 + length]
+            i += 7 + length
+            if kind not in (1, 4):  # goes on
+                continue
+            record, whole = proto.Record.FromString(whole), b""
+            ids += [record.run.run_id] if record.WhichOneof("record_type") == "run" else []
+            if record.WhichOneof("record_type") == "history":
+                row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                steps.append((record.history.step.num, int(row["round"])))
+        found[file.parent.name] = ids, steps
+    return found
 
-    class Session:
-        def __init__(self):
-            self.summary = {}
 
-        def log(self, row, step):
-            steps.append((row["round"], step))
+ENDED = """
+import os, signal, sys
+from fsl_sage.config import preset
+from fsl_sage.loggers import WandB
+from fsl_sage.training import Callback, train_state
 
-        def finish(self, exit_code):
-            pass
+changes, folder, how = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
-    class Stand:
-        Settings = staticmethod(lambda **_: None)
-        init = staticmethod(lambda **words: said.append((words["id"], words["resume"])) or Session())
 
-    monkeypatch.setitem(sys.modules, "wandb", Stand)
-    experiment, path = (
-        preset("smoke", "fsl_sage", **TINY | {"algorithm.warm_start": True}),
-        tmp_path / "run.safetensors",
-    )
+class End(Callback):
+    def round(self, row, models):
+        if row["round"] == 1:
+            os.kill(os.getpid(), how)
+
+
+path, both = f"{folder}/run.safetensors", [WandB(folder), End()]
+experiment = preset("smoke", "fsl_sage", **changes)
+train_state(experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0, callbacks=both)
+"""
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_after_a_stop_weights_and_biases_go_on_with_the_run(how, tmp_path, monkeypatch):
+    """With the real package, offline: one session that holds each round once."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    changes = TINY | {"algorithm.warm_start": True}
+    for number in int(getattr(signal, how)), 0:  # signal 0 does nothing
+        words = [sys.executable, "-c", ENDED, str(changes), str(tmp_path), str(number)]
+        ended = subprocess.run(words, capture_output=True)
+        assert bool(ended.returncode) == bool(number), ended.stderr
+    ((ids, steps),) = sessions_in(tmp_path).values()
+    assert set(ids) == {preset("smoke", "fsl_sage", **changes).hash}
+    assert steps == [(0, -1), (1, 0), (2, 1), (3, 2)]
+
+
+class Session:
+    """A stand-in for a run of Weights & Biases."""
+
+    steps, said = [], []
+
+    def __init__(self, **words):
+        self.summary = {}
+        self.said.append(words)
+
+    def log(self, row, step):
+        self.steps.append((row["round"], step))
+
+    def finish(self, exit_code):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["online", "synced"])
+def test_a_server_that_knows_the_run_gets_no_earlier_rounds(mode, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Session, Settings=lambda **_: None))
+    monkeypatch.setattr(Session, "steps", [])
+    monkeypatch.setattr(Session, "said", [])
+    monkeypatch.setenv("WANDB_MODE", "online" if mode == "online" else "offline")
+    experiment, path = preset("smoke", "fed_avg", **TINY), tmp_path / "run.safetensors"
     stopped_in(1, experiment, path, WandB(tmp_path))
+    if mode == "synced":
+        sent = tmp_path / "wandb" / f"offline-run-1-{experiment.hash}" / "run.wandb.synced"
+        sent.parent.mkdir(parents=True)
+        sent.touch()
     train(experiment, "cpu", progress=False, checkpoint=path, callbacks=[WandB(tmp_path)])
-    assert said == [(experiment.hash, "allow")] * 2
-    assert steps == [(-1, 0), (0, 1), (1, 2), (1, 2), (2, 3)]  # a step that comes again is the same step
+    again = "allow" if mode == "online" else None
+    assert [(words["id"], words["resume"]) for words in Session.said] == [(experiment.hash, again)] * 2
+    assert Session.steps == [(0, 0), (1, 1), (1, 1), (2, 2)]  # a step that comes again is the same step
+
+
+class Named(Callback):
+    def start(self, experiment):
+        (Path(self.folder) / self.run_name).touch()
+
+
+def test_loggers_keep_runs_of_other_data_apart(tmp_path):
+    """Both runs have one hash; what they are called tells the data."""
+    experiment, named = preset("smoke", "fed_avg", **TINY | {"dataset.name": "mine"}), Named()
+    named.folder, store = tmp_path / "names", RunStore(tmp_path / "runs")
+    named.folder.mkdir()
+    for seed in (0, 1):
+        data = tmp_path / f"data{seed}"
+        data.mkdir()
+        x, y = np.full((60, 28, 28), 7, np.uint8), np.arange(60) % 10
+        np.savez(data / "mine.npz", x_train=x, y_train=(y + seed) % 10, x_test=x, y_test=y)
+        store.get([experiment], "cpu", str(data), progress=False, jobs=1, callbacks=[named])
+    names = {path.name for path in store.root.glob(f"{experiment.hash}*")}
+    assert {path.name for path in named.folder.iterdir()} == names and len(names) == 2
 
 
 KILLED = """
