@@ -77,7 +77,7 @@ AXES = {
 
 # %% ../nbs/11_plots.ipynb #7830638a
 SIZE_WORDS = {
-    "linear": "linear layer", "one_block": "one block", "default": "layer3 (default)",
+    "linear": "linear layer", "one_block": "half a stage", "default": "one stage (default)",
     "server_copy": "copy of the server",
 }  # fmt: skip
 STACK = {"color": [COLOURS[i] for i in (0, 9, 8)], "edgecolor": "black", "linewidth": 0.5}  # pandas' bars, ≤ 3 parts
