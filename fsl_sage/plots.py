@@ -364,7 +364,7 @@ def stamp(
     seeds: Sequence[int] = (),  # the figure's; then a second line says what its bands are
 ) -> None:
     "Write in small letters on the picture what was run."
-    wide = int(figure.get_size_inches()[0] * 23)  # letters that fit into a line
+    wide = int(figure.get_size_inches()[0] * 21.5)  # letters that fit into a line
     lines = [line for part in text.split("\n") for line in textwrap.wrap(part, wide)]
     if seeds:
         lines.append(spread_words(seeds))
