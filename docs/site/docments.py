@@ -40,7 +40,7 @@ class Docments(Extension):
     def on_function(self, *, func: Function, **_: Any) -> None:
         if func.is_special:  # most are made by dataclass
             func.public = bool(func.docstring)
-        if not func.is_public:
+        if not func.is_public or func.parent.is_function:  # one inside __init__ cannot be imported
             return
         said = comments(func.path)
         parameters = [
