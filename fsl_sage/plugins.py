@@ -33,6 +33,7 @@ from .baselines import init_splitfed
 from .config import ALGORITHM_FIELDS, PLUGGED, SESSION, AlgorithmConfig, Experiment, from_dict
 from .core import one_of, require, user_path
 from .data import HALF, KNOWN, MADE, Arrays, Known
+from .digests import OPENERS, listen
 from .federation import Algorithm, only_global
 from .split import MODELS, Network, SplitModel
 from .training import ALGORITHMS
@@ -101,6 +102,11 @@ def _source_of(
     return Source(f"{path.stem}@{_digest(parts)}", str(path), files)
 
 # %% ../nbs/14_plugins.ipynb #c9e4bd61
+def _keep(source: Source) -> None:
+    FILES[source.tag] = source
+    listen(source.tag, list(source.files))
+
+
 def _tag_of(part: Any) -> str:
     "The tag of the file that is being loaded, or in which `part` is."
     if _LOADING:
@@ -115,7 +121,7 @@ def _tag_of(part: Any) -> str:
     while (folder := folder.parent) != folder.parent and (folder / "__init__.py").is_file():
         pass  # up to the folder in which its package is
     source = _source_of(path, folder)
-    FILES[source.tag] = source
+    _keep(source)
     return source.tag
 
 
@@ -162,7 +168,8 @@ def forget(
         _UNDO.pop(key)()
         del PLUGGED[key]
     for tag in [tag for tag, source in FILES.items() if source.home == home]:
-        del FILES[tag]
+        for file in FILES.pop(tag).files:
+            OPENERS.pop(file, None)
     for finder in [finder for finder in sys.meta_path if isinstance(finder, _Carried) and finder.source.home == home]:
         sys.meta_path.remove(finder)
         finder.purge()
@@ -326,7 +333,7 @@ def _loading(source: Source, finder: _Carried) -> Iterator[None]:
         others = finder.purge()
         fine = "a name that no other module of this session has: rename the plug-in's module"
         require(not others, "module", ", ".join(others), fine)
-    FILES[source.tag] = source
+    _keep(source)
     sys.meta_path.insert(0, finder)
     _LOADING.append(source.tag)
     try:

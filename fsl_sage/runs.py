@@ -6,10 +6,10 @@
 __all__ = ['VERSIONS', 'RUN', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'MOST', 'PROVENANCE', 'NUMBERS', 'Call', 'LABELS', 'checkout',
            'store_root', 'provenance', 'about_here', 'StoreError', 'UnreadableError', 'UnpluggedError', 'table_to_csv',
            'table_from_csv', 'write_run', 'read_whole', 'read_run', 'check_writable', 'put_run', 'remove',
-           'checkpoint_of', 'model_of', 'own_folders', 'leftovers', 'run_lock', 'diverged_before', 'digest_at',
-           'run_name', 'Extras', 'flat', 'Stored', 'read_stored', 'read_all', 'all_rounds', 'write_table', 'StoredRuns',
-           'default_jobs', 'WorkerError', 'apart', 'side_by_side', 'train_missing', 'bring', 'RunStore', 'label',
-           'tidy']
+           'checkpoint_of', 'model_of', 'own_folders', 'leftovers', 'run_lock', 'diverged_before', 'RunDigests',
+           'digest_at', 'run_name', 'Extras', 'flat', 'Stored', 'read_stored', 'read_all', 'all_rounds', 'write_table',
+           'StoredRuns', 'default_jobs', 'WorkerError', 'apart', 'side_by_side', 'train_missing', 'bring', 'RunStore',
+           'label', 'tidy']
 
 # %% ../nbs/10_runs.ipynb #af446223
 import csv
@@ -52,8 +52,8 @@ from .config import SESSION, Experiment, MissingPluginError, from_dict
 from .core import atomic_path, choose_device, forget_peak_memory, one_of, peak_memory, printable
 from .core import printable_lines, require, user_path
 from .data import checked_arrays, data_root, digest_of
-from .digests import Digests
-from .training import Callback, DivergedError, History, Models, finish, train
+from .digests import Digests, is_built, with_files
+from .training import Callback, DivergedError, History, Models, finish, set_up, train
 
 # %% ../nbs/10_runs.ipynb #2e913692
 def checkout(
@@ -537,6 +537,20 @@ def diverged_before(
     what = printable(made_with.get("error", "the run has diverged"))
     return DivergedError(f"{what} (its rounds are in {folder}; delete that folder to try again)", history)
 
+# %% ../nbs/10_runs.ipynb #098dfe8e
+class RunDigests(Digests):
+    "The digests of what experiments are trained on: data, and files that their plug-ins read."
+
+    def of(self, experiment: Experiment) -> str | None:
+        "As `data_digest` says; a plug-in's parts are built once to see which files they read."
+        digest = super().of(experiment)
+        if digest is None or not experiment.plugins:
+            return digest
+        if not is_built(experiment):
+            with suppress(Exception):  # training will tell
+                set_up(experiment, self.root)
+        return with_files(digest, experiment, now=True)
+
 # %% ../nbs/10_runs.ipynb #38258070
 def digest_at(
     store: Path,  # root of the store
@@ -626,9 +640,10 @@ def _train_and_put(
 ) -> bool:  # False: another process is at it
     "Train `experiment` and store the run, unless it is there. `DivergedError` says where the rounds before are."
     config = experiment.dataset
-    data = Digests(root).of(experiment)
+    data = RunDigests(root).of(experiment)
     if data is None:  # then they are downloaded now
-        data = digest_of(checked_arrays(config.name, data_root(root), image_size=config.image_size)[0])
+        digest = digest_of(checked_arrays(config.name, data_root(root), image_size=config.image_size)[0])
+        data = RunDigests(root).of(experiment) or digest
     while True:
         name = run_name(store, experiment, data)
         with run_lock(store, name, wait) as held, _one_thread(device):
@@ -782,9 +797,9 @@ class StoredRuns:
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> Path:
         "Where the run of `experiment` on the data that are there is, or would be."
-        return self._folder(experiment, Digests(root))
+        return self._folder(experiment, RunDigests(root))
 
-    def _folder(self, experiment: Experiment, digests: Digests) -> Path:
+    def _folder(self, experiment: Experiment, digests: RunDigests) -> Path:
         return self.root / run_name(self.root, experiment, digests.of(experiment))
 
     def find(
@@ -793,9 +808,9 @@ class StoredRuns:
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> History | None:
         "The stored run of `experiment` on the data that are there, or on any if they are not; None if there is none."
-        return self._find(experiment, Digests(root))
+        return self._find(experiment, RunDigests(root))
 
-    def _find(self, experiment: Experiment, digests: Digests) -> History | None:
+    def _find(self, experiment: Experiment, digests: RunDigests) -> History | None:
         folder = self._folder(experiment, digests)
         with _believing(folder, "see to it that the store can be read"):
             history = read_run(folder, experiment) if folder.exists() else None
@@ -812,7 +827,7 @@ class StoredRuns:
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> list[Experiment]:
         "Those of `experiments` whose runs are there, in their order: what can be drawn without training."
-        digests = Digests(root)
+        digests = RunDigests(root)
         return [experiment for experiment in experiments if self._folder(experiment, digests).exists()]
 
     def made_with(self, experiment: Experiment) -> dict[str, Any]:  # plain values, as `provenance` gives them
@@ -976,7 +991,7 @@ def train_missing(
     callbacks: Sequence[Callback] = (),  # told of the rounds that are trained
 ) -> dict[Experiment, Exception]:  # those that failed, and why
     "Train what is missing of `experiments`, each stored as it finishes."
-    missing, failed, digests = [], {}, Digests(root)
+    missing, failed, digests = [], {}, RunDigests(root)
     for experiment in dict.fromkeys(experiments):
         try:
             missing += [experiment] if StoredRuns(store)._find(experiment, digests) is None else []
@@ -1060,12 +1075,12 @@ class RunStore(StoredRuns):
         experiments = list(experiments) if isinstance(experiments, Iterator) else experiments  # read more than once
         listed = isinstance(experiments, Iterable) and all(isinstance(run, Experiment) for run in experiments)
         require(listed, "experiments", experiments, "a list of Experiments, such as [preset('smoke')]")
-        digests = Digests(root)
+        digests = RunDigests(root)
         histories = [self._find(experiment, digests) for experiment in experiments]  # a damaged run is reported first
         if any(history is None for history in histories):
             failed = train_missing(self.root, experiments, device, root, progress, jobs, callbacks)
             _raise_first(list(failed.values()), len(experiments))
-            digests = Digests(root)  # what was missing has been downloaded
+            digests = RunDigests(root)  # what was missing has been downloaded
             histories = [self._find(experiment, digests) for experiment in experiments]
         return histories
 
@@ -1075,7 +1090,7 @@ class RunStore(StoredRuns):
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> int:  # how many of them were there
         "Move runs to `<root>/replaced/<hash>-<time>`, so that they are trained again. Nothing is deleted."
-        digests = Digests(root)
+        digests = RunDigests(root)
         return sum(_set_aside(self.root, self._folder(one, digests).name) for one in dict.fromkeys(experiments))
 
 # %% ../nbs/10_runs.ipynb #dde52c93

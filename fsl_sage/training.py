@@ -33,6 +33,7 @@ from .config import Experiment, from_dict
 from .checkpoint import CheckpointError, Progress, load_checkpoint, require_kept, save_checkpoint
 from .core import arithmetic, choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
+from .digests import building, with_files
 from .federation import Algorithm, Metrics, State, require_only_present, round_stream, take_part
 from .fleet import clients_in_flight
 from .recording import OnGpu, recording
@@ -295,7 +296,8 @@ def set_up(
 ) -> State:
     "The state that `experiment` starts from, on the CPU: for `register_of`, without training anything."
     dataset, _ = prepare(experiment, torch.device("cpu"), root)
-    return ALGORITHMS[experiment.algorithm.name].init(experiment, client_data(experiment, dataset), Ledger())
+    with building(experiment):
+        return ALGORITHMS[experiment.algorithm.name].init(experiment, client_data(experiment, dataset), Ledger())
 
 # %% ../nbs/09_training.ipynb #0407ba55
 Models = Callable[[], list[nn.Module]]  # gives copies of the models that are evaluated: one, or one a client
@@ -397,15 +399,16 @@ def begin(
     require(isinstance(experiment, Experiment), "experiment", experiment, fine)
     from_dict(experiment.to_dict())  # are its plug-ins loaded, as they were?
     dataset, validation = prepare(experiment, device, root)
-    fine = f"{(data or '')[:16]}, as when the run was asked for: a file was replaced, or a plug-in makes other data"
-    require(data in (None, dataset.digest), f"digest of {dataset.name!r}", dataset.digest[:16], fine)
+    fine = f"{(data or '')[:16]}, as when the run was asked for: a file was replaced, or a plug-in has other data"
     algorithm, ledger = ALGORITHMS[experiment.algorithm.name], Ledger(phase="start")
     bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
-    with clients_in_flight(in_flight):
+    with clients_in_flight(in_flight), building(experiment):
         state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
+    digest = with_files(dataset.digest, experiment)
+    require(data in (None, digest), f"digest of {dataset.name!r}", digest[:16], fine)
     register = register_of(state, experiment.clock is not None)
-    done = _continued(checkpoint, state, ledger, dataset.digest)
-    done = done or Progress(-int(experiment.algorithm.warm_start), data=dataset.digest)
+    done = _continued(checkpoint, state, ledger, digest)
+    done = done or Progress(-int(experiment.algorithm.warm_start), data=digest)
     ledger.phase = "round"
     if checkpoint is not None:
         require_kept(state)

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from fsl_sage import cli, plugins, runs_cli
+from fsl_sage import cli, digests, plugins, runs_cli
 from fsl_sage.config import PLUGGED, SESSION, MissingPluginError, preset
 from fsl_sage.data import load
+from fsl_sage.digests import data_digest
 from fsl_sage.loggers import TensorBoard, WandB
 from fsl_sage.plugins import PluginError, load_plugins
 from fsl_sage.runs import TABLES, RunStore
@@ -333,3 +336,75 @@ def test_a_file_edited_between_the_jobs_of_a_sweep_changes_nothing(file, tmp_pat
     words += [f"{name}={value}" for name, value in SMALL.items()]
     assert cli.main([*words, "hydra.launcher.n_jobs=1"]) == 0, capsys.readouterr().err
     assert path.read_text() == "1 / 0" and len(list((tmp_path / "runs").glob("*/config.json"))) == 2
+
+
+WEIGHTS = """
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fsl_sage.plugins import split_model
+
+HERE = Path(__file__).parent
+{0}
+
+@split_model("begun", cut="0")
+def begun(in_channels, num_classes, image_size, width):
+    net = nn.Sequential(nn.Conv2d(in_channels, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, num_classes))
+    nn.init.constant_(net[0].weight, {1})
+    return net
+"""
+READERS = {
+    "text": ("", "float((HERE / 'w').read_text())"),
+    "numpy": ("", "float(np.load(HERE / 'w.npy'))"),
+    "torch": ("", "float(torch.load(HERE / 'w.pt', weights_only=True))"),
+    "safetensors": ("", "float(safetensors.torch.load_file(HERE / 'w.safetensors')['w'])"),
+    "at import": ("W = float((HERE / 'w').read_text())\n", "W"),
+}
+
+
+def put_weights(folder, value):
+    (folder / "w").write_text(str(value))
+    np.save(folder / "w.npy", value)
+    torch.save(torch.tensor(value), folder / "w.pt")
+    save_file({"w": torch.tensor(value)}, folder / "w.safetensors")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_run_is_served_only_for_the_weights_that_it_began_from(reader, file, tmp_path):
+    path, store = file(WEIGHTS.format(*READERS[reader])), RunStore(tmp_path / "runs")
+    experiment, losses = {}, []
+    for value in (0.1, -0.2, 0.1):
+        put_weights(tmp_path, value)
+        plugins.forget(str(path))  # as a new process
+        digests._READ.clear()
+        load_plugins([path], installed=False)
+        experiment = preset("smoke", "fed_avg", **SMALL | {"model.name": "begun"})
+        (history,) = store.get([experiment], "cpu", progress=False, jobs=1)
+        losses.append(history.rounds.test_loss[0])
+    assert losses[0] == losses[2] != losses[1]
+    assert len(list(store.root.glob(f"{experiment.hash}*"))) == 2
+
+
+def test_a_run_whose_weights_change_on_the_way_is_no_other_run(file, tmp_path):
+    """Looked for with one file, resumed with another: nothing of the one goes into the other."""
+    path, store = file(WEIGHTS.format(*READERS["text"])), RunStore(tmp_path / "runs")
+    put_weights(tmp_path, 0.1)
+    load_plugins([path], installed=False)
+    experiment = preset("smoke", "fed_avg", **SMALL | {"model.name": "begun", "rounds": 2})
+    before = store.folder(experiment)
+    put_weights(tmp_path, 0.3)
+    (history,) = store.get([experiment], "cpu", progress=False, jobs=1)
+    assert store.folder(experiment) == before and len(history.data) == 64
+    put_weights(tmp_path, 0.1)
+    assert store.find(experiment) is None
+
+
+def test_ordinary_plugins_have_the_digest_of_their_data(file, tmp_path):
+    load_plugins([file(FLAT)], installed=False)
+    experiment = preset("smoke", "fed_avg", **SMALL | {"model.name": "flat"})
+    assert train(experiment, "cpu", progress=False).data == data_digest("fmnist_mini")

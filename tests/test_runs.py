@@ -832,6 +832,7 @@ from fsl_sage.config import preset
 from fsl_sage.loggers import WandB
 from fsl_sage.training import Callback, train_state
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background work ignores it
 changes, folder, how = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
 
