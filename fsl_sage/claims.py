@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEDGER_COLUMNS', 'VERDICTS', 'AS_PUBLISHED', 'CONFIDENCE', 'LARGE', 'FREE', 'VARIES', 'COUNTED', 'KEY', 'PLACE',
-           'VERSUS', 'OWNERS', 'COLUMNS', 'TWICE', 'parse_setting', 'all_published', 'published', 'bytes_to_reach',
-           'best_up_to', 'best_at', 'final_at', 'Spread', 'sglr_setting', 'replicate_spread', 'margin_of', 'verdict',
-           'parse_order', 'OrderTest', 'order_test', 'holm', 'order_verdict', 'fingerprint', 'values_of', 'judge',
-           'compare', 'order_claims', 'numbers_of', 'read_versus', 'our_numbers', 'gather', 'count_verdicts',
-           'settings_tested']
+           'VERSUS', 'PUBLISHED', 'OWNERS', 'COLUMNS', 'TWICE', 'parse_setting', 'all_published', 'published',
+           'bytes_to_reach', 'best_up_to', 'best_at', 'final_at', 'Spread', 'sglr_setting', 'replicate_spread',
+           'margin_of', 'verdict', 'parse_order', 'OrderTest', 'order_test', 'holm', 'order_verdict', 'fingerprint',
+           'values_of', 'judge', 'compare', 'order_claims', 'numbers_of', 'read_versus', 'our_numbers', 'gather',
+           'count_verdicts', 'settings_tested']
 
 # %% ../nbs/12_claims.ipynb #8c94afc8
 import hashlib
@@ -433,6 +433,7 @@ def numbers_of(
 KEY = ["paper", "artefact", "setting", "metric"]
 PLACE = [*KEY, "preset", "experiment", "variant"]
 VERSUS = "_paper_versus_ours.csv"
+PUBLISHED = "published"  # folder of a gallery with the figures of that preset
 OWNERS = {
     "accuracy vs communication (CIFAR-10)": "sage_accuracy_vs_communication",
     "accuracy vs Dirichlet alpha (CIFAR-10)": "sage_alpha", "model sizes (ResNet-18)": "counted",
@@ -458,7 +459,8 @@ def our_numbers(
     "What the figures in `gallery` found for published numbers. `ValueError` names two figures with one place."
     columns = [*PLACE, "runs", "figure", "hardware"]
     tables = [pd.DataFrame(columns=columns)]
-    for path in sorted(Path(gallery).glob(f"*{VERSUS}")):
+    folders = [Path(gallery), Path(gallery) / PUBLISHED]
+    for path in sorted(path for folder in folders for path in folder.glob(f"*{VERSUS}")):
         table, figure = read_versus(path), path.name.removesuffix(VERSUS)
         about = json.loads(path.with_name(f"{figure}.json").read_text("utf-8"))
         if len(table):  # a figure may have nothing to compare in its preset

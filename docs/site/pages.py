@@ -8,14 +8,15 @@ from typing import Any
 from urllib.parse import unquote
 
 import nbformat
+import pandas as pd
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
 
-from fsl_sage.claims import gather
 from fsl_sage.report import PAPERS, by_paper, mathml, measured, number, read_figures
+from fsl_sage.texts import Gallery, cost_table, costs
 
 ROOT = Path(__file__).resolve().parents[2]
 GALLERY = ROOT / "figures" / "gallery"
@@ -23,6 +24,7 @@ START = sorted((ROOT / "nbs").glob("index.ipynb"))
 ORDER = "".join(path.read_text("utf-8") for path in START)  # "Start here" names the tutorials in the order of reading
 TUTORIALS = sorted(ROOT.glob("nbs/tutorials/*.ipynb"), key=lambda path: (len(ORDER.partition(path.name)[0]), path))
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+OF_GALLERY = Gallery(GALLERY, ROOT / "figures")
 FIGURES = {figure["name"]: figure for figure in read_figures(GALLERY, ROOT / "figures") if figure["notebook"]}
 
 
@@ -142,25 +144,65 @@ def gallery() -> str:
 def claims() -> str:
     "Every published number and order beside ours, a table for each table or figure of a paper."
     parts = []
-    for (paper, artefact), claims in gather(GALLERY).groupby(["paper", "artefact"], sort=False):
-        parts.append(f"## {PAPERS[paper]}: {artefact}")
-        rows = ["| claim | published | ours | verdict |", "|---|---|---|---|"]
-        for claim in claims.to_dict("records"):
-            order = claim["kind"] == "order"
-            statement = claim["statement"] or f"{claim['metric'].replace('_', ' ')} at `{claim['setting']}`"
-            statement += f" ({claim['variant']})" if claim["variant"] else ""
-            value = "" if order else f"{number(claim['value'])} {claim['unit']}"
-            ours = "" if order else measured(claim["ours"], claim["deviation"], claim["n"])
-            verdict = f"**{claim['verdict']}**" + (f": {claim['note']}" if claim["note"] else "")
-            rows.append(f"| {statement} | {value} | {ours} | {verdict} |")
-        parts.append("\n".join(rows))
+    for (paper, artefact), claims in OF_GALLERY.ledger.groupby(["paper", "artefact"], sort=False):
+        parts += [f"## {PAPERS[paper]}: {artefact}", verdicts(claims)]
     return "\n\n".join(parts)
 
 
-LISTS = {"tutorials": tutorials, "gallery": gallery, "claims": claims}
+def verdicts(claims: pd.DataFrame) -> str:
+    "A table of claims, some rows of the ledger."
+    rows = ["| claim | published | ours | verdict |", "|---|---|---|---|"]
+    for claim in claims.to_dict("records"):
+        order = claim["kind"] == "order"
+        statement = claim["statement"] or f"{claim['metric'].replace('_', ' ')} at `{claim['setting']}`"
+        statement += f" ({claim['variant']})" if claim["variant"] else ""
+        value = "" if order else f"{number(claim['value'])} {claim['unit']}"
+        ours = "" if order else measured(claim["ours"], claim["deviation"], claim["n"])
+        verdict = f"**{claim['verdict']}**" + (f": {claim['note']}" if claim["note"] else "")
+        rows.append(f"| {statement} | {value} | {ours} | {verdict} |")
+    return "\n".join(rows)
+
+
+def with_verdict(*words: str) -> str:
+    "The claims of which the ledger says one of `words`, by artefact."
+    found = OF_GALLERY.ledger[OF_GALLERY.ledger.verdict.isin(words)]
+    parts = [f"**{PAPERS[paper]}, {artefact}**\n\n{verdicts(claims)}"
+             for (paper, artefact), claims in found.groupby(["paper", "artefact"], sort=False)]  # fmt: skip
+    return "\n\n".join(parts) or "None so far."
+
+
+def not_as_published() -> str:
+    "Claims that ours contradicts, at the published setting or in the order of another one."
+    other = OF_GALLERY.ledger[OF_GALLERY.ledger.note.str.contains("its order is reversed")]
+    seen = verdicts(other) if len(other) else "None."
+    other_way = "In another experiment, where a step of the order is significantly the other way round:"
+    other_way = "In another experiment, where a step of the order is significantly the other way round:"
+    return f"{with_verdict('differs', 'reversed')}\n\n{other_way}\n\n{seen}"
+
+
+def expected() -> str:
+    "What each figure takes, then the numbers it gives."
+    total = costs(OF_GALLERY)
+    parts = [cost_table(OF_GALLERY, lambda name: f"[{OF_GALLERY.title(name)}](../figures/{name}.ipynb)")]
+    parts.append(f"{total['runs']} runs in all, each counted once: {total['core_seconds']:,.0f} core-seconds, and "
+                 f"{total['notebook_seconds']:,.0f} in the notebooks.")  # fmt: skip
+    for name in OF_GALLERY.figures():
+        tables = [f"*{table.replace('_', ' ')}*\n\n{text}" for table, text in OF_GALLERY.tables(name).items()]
+        if tables:
+            heading = f"## {OF_GALLERY.title(name)} {{ id={name} }}"
+            parts += [heading, f"[Notebook](../figures/{name}.ipynb)", *tables]
+    return "\n\n".join(parts)
+
+
+LISTS = {
+    "tutorials": tutorials, "gallery": gallery, "claims": claims, "expected": expected,
+    "not_as_published": not_as_published, "undecided": lambda: with_verdict("undecided"),
+}  # fmt: skip
 
 
 # ---- what mkdocs calls
+
+HOME = ("speed.md", "security.md", "promises.md", "troubleshooting.md")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -169,7 +211,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     howto = sorted(ADDRESSES[path] for path in (ROOT / "docs" / "how_to").glob("*.md"))
     figures = [{paper: [pages[f["name"]] for f in group]} for paper, group in by_paper(FIGURES.values()).items()]
     config.nav = [
-        {"Home": ["index.md", "results.md", "speed.md", "security.md", "promises.md", "troubleshooting.md"]},
+        {"Home": ["index.md", "results.md", "expected.md", "not_reproduced.md", *HOME]},
         {"Learn": ["reading_path.md", *(ADDRESSES[path] for path in [*START, *TUTORIALS]), "algorithms.md"]},
         {"How to": [*howto, "dependencies.md", "CONTRIBUTING.md", "CHANGELOG.md"]},
         {"Library": [ADDRESSES[path] for path in LIBRARY]},
