@@ -69,6 +69,7 @@ class Costs(NamedTuple):
 
     whole: float = 0  # a step through both halves
     client: float = 0  # a client's own step
+    forward: float = 0  # its forward pass alone
     with_aux: float = 0  # a client's and its auxiliary model's, on the auxiliary loss (CSE-FSL)
     estimate: float = 0  # the estimated gradient at the cut (FSL-SAGE)
     server: float = 0  # a step of the server that gives no gradient back
@@ -118,6 +119,7 @@ def _counted(models: Sequence[nn.Module | None], image_shape: tuple[int, ...], d
 
     counted = {
         "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: backward(client(x).sum()), n),
+        "forward": _flops(lambda: client(x), n),
         "server": step(server, smashed), "exact": step(server, smashed.clone().requires_grad_()),
         "target": _flops(lambda: estimate_cut_grad(server, smashed, y), n), "smashed": tensor_bytes(smashed) // n,
         "client_bytes": tensor_bytes(client), "server_bytes": tensor_bytes(server),
@@ -184,18 +186,23 @@ def work_of(
     config, batches = experiment.algorithm, batch_sizes(experiment, samples)
     name = algorithm or config.name
     n, steps, c = sum(batches), len(batches), costs
+    uploaded = sum(batches[:: config.server_update_interval])
     if name == "fed_avg":
         models, sent = c.client_bytes + c.server_bytes, Work(client, n * c.whole, 0, 0, steps=steps)
     elif name in ("cse_fsl", "fsl_sage"):
-        uploaded = sum(batches[:: config.server_update_interval])
         own = c.with_aux if name == "cse_fsl" else c.client + c.estimate
         models = c.client_bytes + (c.aux_bytes if name == "cse_fsl" else 0)
         passes = alignment_flops(c, aligned, config.align_epochs)
         down = c.aux_bytes if aligned else 0
         sent = Work(client, n * own, uploaded * c.smashed, down, uploaded * c.server, passes, steps, uploaded)
+    elif name == "frozen_client":
+        models, learns = 0, uploaded * c.server
+        sent = Work(client, n * c.forward, uploaded * c.smashed, 0, learns, steps=steps)
     else:
         models = 0 if name in ("psl", "sglr") else c.client_bytes
-        sent = Work(client, n * c.client, n * c.smashed, n * c.smashed, n * c.exact, steps=steps)
+        exact = n if name != "true_gradient" else uploaded
+        answers = exact * c.exact + (n - exact) * c.target
+        sent = Work(client, n * c.client, n * c.smashed, n * c.smashed, answers, steps=steps)
     again = models if returns and name != "ssl" else 0
     return sent._replace(up=sent.up + models, down=sent.down + models + again)
 
@@ -207,7 +214,7 @@ def order_of(
     "How the clients' times make up the round's."
     config = experiment.algorithm
     aligning = config.name == "fsl_sage" and rnd >= 0 and rnd % config.align_interval == 0 and not config.align_jointly
-    if aligning or config.share_server or config.name in ("ssl", "sl_single_server"):
+    if aligning or config.share_server or config.name in ("ssl", "sl_single_server", "true_gradient"):
         return "in turn"
     return "in step" if config.name in ("psl", "sfl", "sglr") else "side by side"
 

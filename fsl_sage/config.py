@@ -247,6 +247,7 @@ class ModelConfig:
 
     name: str = "resnet18"  # one of MODELS
     width: int = 64  # of all layers: 64 as published, others in proportion
+    cut: str | None = None  # the client's last layer, one of `split.cut_layers`; None: the published one
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -255,6 +256,8 @@ class ModelConfig:
         _check_types(self, "model.")
         one_of("model.name", self.name, MODELS)
         require(self.width >= 1, "model.width", self.width, "at least 1")
+        if self.cut == MODELS[self.name].cut_layer:
+            object.__setattr__(self, "cut", None)  # one description
         if self.name in AUXILIARIES:
             one_of("model.auxiliary.size", self.auxiliary.size, (*AUXILIARIES[self.name][1], FIRST_LAYERS))
         elif self.auxiliary.size != FIRST_LAYERS:
@@ -269,6 +272,8 @@ ALGORITHM_FIELDS = {
     "sl_single_server": (),
     "sl_multi_server": (),
     "cse_fsl": ("server_update_interval",),
+    "frozen_client": ("server_update_interval",),
+    "true_gradient": ("server_update_interval", "cosine"),
     "fsl_sage": (
         "server_update_interval", "align_interval", "align_epochs", "align_batch_size", "max_dataset_size",
         "align_tolerance", "align_jointly", "warm_start",
@@ -288,6 +293,7 @@ FRACTIONS = {
     "active_fraction": (0, 1, "a number from 0 to 1"),
     "average_fraction": (1e-9, 1, "greater than 0, at most 1"),
     "align_tolerance": (0, 0.999, "a number from 0 to 0.999"),
+    "cosine": (0, 1, "a number from 0 to 1"),
     "clip_norm": (0, 1e9, "a number from 0 to 1e9"),
     "noise_multiplier": (0, 1e9, "a number from 0 to 1e9"),
 }  # least, greatest, in words
@@ -306,6 +312,7 @@ class AlgorithmConfig:
     align_tolerance: float = 0.0  # end an alignment when ten passes lower the error by less than this part; 0: never
     align_jointly: bool = False  # all clients with one and the same server: faster, and not the paper's numbers
     warm_start: bool = False  # one round of CSE-FSL before round 0
+    cosine: float = 1.0  # between the gradient a client gets and the true one, of equal length; 1: the true one
     share_server: bool = False  # fed_avg as the released code has it: the upper half is shared, not averaged
     loss: str = "cross_entropy"  # or binary_cross_entropy, as in SGLR's released code
     per_client_loss: bool = False  # a client gets its own mean loss's gradient, not its part of the joint mean's
@@ -379,7 +386,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 # %% ../nbs/05_config.ipynb #8a3bc6f6
 YOUNGER = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "dataset.size_spread": 0.0,
-    "dataset.image_size": None, "model.auxiliary.budget_mb": 8.5,
+    "dataset.image_size": None, "model.auxiliary.budget_mb": 8.5, "model.cut": None, "algorithm.cosine": 1.0,
 }  # fields that came later, by dotted name → the value with which they are left out  # fmt: skip
 
 

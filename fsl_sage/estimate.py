@@ -28,7 +28,7 @@ from .split import SplitModel, fast_layout, split_model
 # %% ../nbs/17c_estimate.ipynb #68d7e1b5
 SAMPLES = {"fmnist_mini": (6000, 1000), "fmnist": (60000, 10000), "mnist": (60000, 10000),
            "cifar10": (50000, 10000), "cifar100": (50000, 10000)}  # training and test images  # fmt: skip
-PER_CLIENT = ("psl", "sglr")  # algorithms that test a model per client
+PER_CLIENT = ("psl", "sglr", "frozen_client")  # algorithms that test a model per client
 
 
 def networks(
@@ -40,7 +40,7 @@ def networks(
     known = KNOWN[one_of("dataset.name", dataset.name, SAMPLES)]
     channels = 3 if dataset.rgb32 else known.channels
     size = 32 if channels == 3 else 28
-    split = split_model(model.name, channels, known.num_classes, size, model.width)
+    split = split_model(model.name, channels, known.num_classes, size, model.width, model.cut)
     has_one = algorithm in ("cse_fsl", "fsl_sage")
     aux = auxiliary_model(model.name, split, model.auxiliary.size) if has_one else None
     return split, aux, (channels, size, size)

@@ -869,9 +869,9 @@ MODELS = {
 }
 
 # %% ../nbs/03_split.ipynb #3fcb7001
-def _tried(name: str, whole: nn.Module, in_channels: int, sides: tuple[int, int]) -> SplitModel:
-    "The network called `name`, cut. `ValueError` if two images show that it, or its halves, cannot be used."
-    at, who = MODELS[name].cut_layer, f"model.name={name!r}"
+def _tried(name: str, whole: nn.Module, at: str, in_channels: int, sides: tuple[int, int]) -> SplitModel:
+    "The network, cut after layer `at`. `ValueError` if two images show that it, or its halves, cannot be used."
+    who = f"model.name={name!r}"
     require(isinstance(whole, nn.Module), "model.name", name, f"built as a torch.nn.Module, not {type(whole).__name__}")
     odd = [n for n, p in whole.named_parameters() if p.dtype.is_floating_point and p.dtype != torch.get_default_dtype()]
     if odd:
@@ -901,8 +901,9 @@ def split_model(
     num_classes: int = 10,
     image_size: int | tuple[int, int] = 32,  # pixels, ≥ 8: both sides, or height and width
     width: int = 64,  # ≥ 1; 64: as published, others in proportion
+    cut: str | None = None,  # the client's last layer, one of `cut_layers`; None: where its paper cuts it
 ) -> SplitModel:
-    "The network called `name`, freshly initialised and cut where its paper cuts it. `ValueError` for other numbers."
+    "The network called `name`, freshly initialised and cut. `ValueError` for other numbers, or another layer."
     network = MODELS[one_of("model.name", name, MODELS)]
     for what, value in {"in_channels": in_channels, "num_classes": num_classes, "model.width": width}.items():
         require(isinstance(value, int) and value >= 1, what, value, "a whole number, at least 1")
@@ -910,6 +911,7 @@ def split_model(
     large = all(isinstance(side, int) and side >= 8 for side in sides)
     require(large, "image_size", image_size, "at least 8 pixels")
     whole = network.build(in_channels, num_classes, sides[0], width)
+    at = network.cut_layer if cut is None else one_of("model.cut", cut, cut_layers(whole))
     if name in OURS and sides[0] == sides[1]:
-        return SplitModel.cut(whole, network.cut_layer)
-    return _tried(name, whole, in_channels, sides)
+        return SplitModel.cut(whole, at)
+    return _tried(name, whole, at, in_channels, sides)

@@ -31,6 +31,7 @@ from .baselines import BASELINES, cse_fsl_round
 from .clock import Attendance, Costs, attendances, attended_seconds, costs_of
 from .config import Experiment, from_dict
 from .checkpoint import CheckpointError, Progress, load_checkpoint, require_kept, save_checkpoint
+from .controls import CONTROLS
 from .core import arithmetic, choose_device, generator, require
 from .data import HALF, ClientData, Dataset, Images, eval_batches, load, partition
 from .digests import building, with_files
@@ -42,7 +43,7 @@ from .sage import SAGE
 from .sglr import SGLR
 from .split import LOSSES
 
-ALGORITHMS = BASELINES | {"fsl_sage": SAGE, "sglr": SGLR}
+ALGORITHMS = BASELINES | CONTROLS | {"fsl_sage": SAGE, "sglr": SGLR}
 
 # %% ../nbs/09_training.ipynb #3a00ac92
 @arithmetic("fp32")
