@@ -335,6 +335,7 @@ def beginning(
 ) -> tuple[Any, str]:  # the experiment; what to tell the user about it, or nothing
     "The experiment that the words change: a preset, with all tables that they name."
     from fsl_sage.config import preset
+    from fsl_sage.split import MODELS
 
     algorithm, named = said.get("algorithm.name", "fsl_sage"), said.get("dataset.name")
     name, note = said.get("preset"), ""
@@ -346,7 +347,9 @@ def beginning(
             note = f"{published} is not on this machine: preset=quick on the embedded data fmnist_mini instead " \
                    f"(dataset={published} downloads it)"  # fmt: skip
     branches = [key for key in said if said[key] == {}] + [key.rpartition(".")[0] for key in said if "." in key]
-    return preset(name, algorithm).replace(**{branch: {} for branch in branches}), note
+    network = said.get("model.name")  # is cut where its own paper cuts it
+    other = {"model.name": network} if isinstance(network, str) and network in MODELS else {}
+    return preset(name, algorithm, **other).replace(**{branch: {} for branch in branches}), note
 
 # %% ../nbs/17_cli.ipynb #cb05c9f1
 @dataclass

@@ -78,6 +78,7 @@ class Costs(NamedTuple):
     alignment: float = 0  # a pass of an alignment
     smashed: int = 0  # bytes of one sample at the cut
     client_bytes: int = 0  # bytes of the client's model
+    statistics: int = 0  # bytes of its buffers: BatchNorm's statistics
     server_bytes: int = 0  # of the server's
     aux_bytes: int = 0  # of the auxiliary model; 0: there is none
 
@@ -123,6 +124,7 @@ def _counted(models: Sequence[nn.Module | None], image_shape: tuple[int, ...], d
         "server": step(server, smashed), "exact": step(server, smashed.clone().requires_grad_()),
         "target": _flops(lambda: estimate_cut_grad(server, smashed, y), n), "smashed": tensor_bytes(smashed) // n,
         "client_bytes": tensor_bytes(client), "server_bytes": tensor_bytes(server),
+        "statistics": tensor_bytes(dict(client.named_buffers())),
     }  # fmt: skip
     if aux is not None:
         counted |= _auxiliary_costs(client, aux, x, smashed, y)
@@ -196,8 +198,8 @@ def work_of(
         down = c.aux_bytes if aligned else 0
         sent = Work(client, n * own, uploaded * c.smashed, down, uploaded * c.server, passes, steps, uploaded)
     elif name == "frozen_client":
-        models, learns = 0, uploaded * c.server
-        sent = Work(client, n * c.forward, uploaded * c.smashed, 0, learns, steps=steps)
+        models, up = 0, uploaded * c.smashed + c.statistics
+        sent = Work(client, n * c.forward, up, 0, uploaded * c.server, steps=steps)
     else:
         models = 0 if name in ("psl", "sglr") else c.client_bytes
         exact = n if name != "true_gradient" else uploaded

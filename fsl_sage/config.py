@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIXING_MODES', 'AVERAGE_PHASES', 'ALGORITHM_FIELDS', 'FRACTIONS', 'PRECISIONS', 'SEEDS', 'SESSION', 'PLUGGED',
-           'YOUNGER', 'PRESETS', 'SHORT_ALIGNMENT', 'SGLR_OPTIMIZER', 'SGLR_COMMON', 'SGLR_PRESETS', 'SchedulerConfig',
-           'OptimizerConfig', 'DatasetConfig', 'ClientConfig', 'ServerConfig', 'AuxiliaryConfig', 'ModelConfig',
-           'AlgorithmConfig', 'ClockConfig', 'Experiment', 'MissingPluginError', 'from_dict', 'preset', 'annotated',
-           'check_parameters']
+           'YOUNGER', 'OWN_CUT', 'PRESETS', 'SHORT_ALIGNMENT', 'SGLR_OPTIMIZER', 'SGLR_COMMON', 'SGLR_PRESETS',
+           'SchedulerConfig', 'OptimizerConfig', 'DatasetConfig', 'ClientConfig', 'ServerConfig', 'AuxiliaryConfig',
+           'ModelConfig', 'AlgorithmConfig', 'ClockConfig', 'Experiment', 'MissingPluginError', 'from_dict', 'preset',
+           'annotated', 'check_parameters']
 
 # %% ../nbs/05_config.ipynb #cea4c82c
 import ast
@@ -564,18 +564,22 @@ def from_dict(
     return built
 
 # %% ../nbs/05_config.ipynb #0e5e16d8
+OWN_CUT = {"quick": {"model.cut": "layer3", "model.auxiliary.size": "one_block"}}  # of ResNet-18
 PRESETS = {
     "smoke": {
         "dataset.max_train": 600, "dataset.max_test": 200, "model.width": 8, "model.client.batch_size": 32,
         "num_clients": 3, "rounds": 3,
     },
-    "quick": {"model.width": 16, "model.client.batch_size": 64, "rounds": 25, "comm_threshold_mb": 160.0},
+    "quick": {
+        "dataset.max_train": 2500, "num_clients": 5, "rounds": 7, "model.width": 8, "model.client.batch_size": 50,
+        **{f"model.{part}.optimizer.lr": 2e-3 for part in ("client", "server", "auxiliary")}, **OWN_CUT["quick"],
+    },
     "paper": {"dataset.name": "cifar10"},
     "published": {"dataset.name": "cifar10"},
 }  # fmt: skip
 SHORT_ALIGNMENT = {
     "smoke": {"algorithm.align_epochs": 10, "algorithm.align_interval": 2},
-    "quick": {"algorithm.align_epochs": 50, "algorithm.max_dataset_size": 128},
+    "quick": {"algorithm.align_epochs": 20, "algorithm.align_interval": 2, "algorithm.max_dataset_size": 100},
 }
 
 # %% ../nbs/05_config.ipynb #48c540d8
@@ -613,6 +617,8 @@ def preset(
         prescribed |= SHORT_ALIGNMENT.get(name, {})
     if algorithm == "centralised":
         prescribed |= {"num_clients": 1}
+    if changes.get("model.name", ModelConfig.name) != ModelConfig.name:
+        prescribed = {field: value for field, value in prescribed.items() if field not in OWN_CUT.get(name, ())}
     return Experiment().replace(**prescribed).replace(**changes)
 
 # %% ../nbs/05_config.ipynb #d51a798e

@@ -28,7 +28,7 @@ from .split import SplitModel, fast_layout, split_model
 # %% ../nbs/17c_estimate.ipynb #68d7e1b5
 SAMPLES = {"fmnist_mini": (6000, 1000), "fmnist": (60000, 10000), "mnist": (60000, 10000),
            "cifar10": (50000, 10000), "cifar100": (50000, 10000)}  # training and test images  # fmt: skip
-PER_CLIENT = ("psl", "sglr", "frozen_client")  # algorithms that test a model per client
+PER_CLIENT = ("psl", "sglr")  # algorithms that test a model per client
 
 
 def networks(

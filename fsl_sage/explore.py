@@ -63,8 +63,7 @@ def bytes_per_round(
     exchange, models = 2 * local.epoch * samples * smashed, 2 * client
     each = {
         "fed_avg": models + 2 * server,
-        **dict.fromkeys(("sl_single_server", "sl_multi_server", "true_gradient"), exchange + models),
-        "frozen_client": uploaded * smashed,
+        **dict.fromkeys(("sl_single_server", "sl_multi_server"), exchange + models),
         "cse_fsl": uploaded * smashed + models + 2 * aux,
         "fsl_sage": uploaded * smashed + models + aux / config.align_interval,
         **dict.fromkeys(("ssl", "sfl"), exchange + models),

@@ -164,9 +164,9 @@ def shown(*words):
 
 def test_the_preset_comes_before_the_words():
     """References and tables see the preset's values, not those of the classes."""
-    assert shown("preset=quick", "algorithm.align_interval=${rounds}").algorithm.align_interval == 25
+    assert shown("preset=quick", "algorithm.align_interval=${rounds}").algorithm.align_interval == 7
     assert shown("preset=smoke", "algorithm=fed_avg", "rounds=${model.width}").rounds == 8
-    assert shown("preset=quick", "num_clients=${rounds}").num_clients == 25
+    assert shown("preset=quick", "num_clients=${rounds}").num_clients == 7
     assert shown("preset=quick", "clock.seed=${seed}", "clock.spread=1", "seed=5").clock.seed == 5
     assert shown("preset=smoke", "init_seed=${partition_seed}", "seed=5").init_seed == 5
     client = shown("preset=smoke", "algorithm=sglr", "model.client={epoch:2}").model.client

@@ -42,7 +42,7 @@ def test_commands_that_only_show_an_experiment_work(capsys):
     shown = {command: [main(shlex.split(command, comments=True)), capsys.readouterr().out] for command in commands}
     assert len(commands) == 4 and all(status == 0 for status, _ in shown.values())
     table, reference, sweep, text = (out for _, out in shown.values())
-    assert "epoch: 2" in table and "batch_size: 64" in table and "align_interval: 25" in reference
+    assert "epoch: 2" in table and "batch_size: 50" in table and "align_interval: 7" in reference
     assert re.findall(r"^seed: (\d+)$", sweep, re.M) == ["200", "201", "202"] and "name: a,b\n" in text
 
 
