@@ -594,7 +594,7 @@ SGLR_PRESETS = {
         "model.width": 16, "model.client.batch_size": 16, "num_clients": 3, "rounds": 2,
     },
     "quick": SGLR_COMMON | {
-        "dataset.max_test": 300, "dataset.val_size": 200, "dataset.samples_per_client": 200, "model.width": 16,
+        "dataset.val_size": 200, "dataset.samples_per_client": 200, "model.width": 16,
         "model.client.batch_size": 20, "num_clients": 6, "rounds": 5,
     },
     "paper": SGLR_COMMON | {
