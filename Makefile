@@ -5,21 +5,23 @@ PRESET = quick
 DEVICE = auto
 ONLY =
 SEEDS =
+LOCKED =
 BENCH =
 FLOWER_TESTS = tests/test_remote.py tests/test_gate.py tests/test_federate.py tests/test_flower_faults.py
 PYTHON = python3
 
 BIN = .venv/bin
-READY = .venv/.ready
+READY = .venv/.ready$(if $(strip $(LOCKED)),-locked)
 FLOWER = .venv-flower/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help figures check test test-flower attack bench lab docs clean
+.PHONY: help figures check test test-flower attack bench lab docs lock clean
 
 help:
 	@echo 'make figures   regenerate the figures into figures/gallery'
 	@echo '               PRESET=quick (smoke: does it run? | paper: the published settings, for a GPU)'
 	@echo '               DEVICE=auto (cpu | cuda | cuda:1 | ...)   ONLY=name (part of a name; several in quotes)   SEEDS="200 201 202"'
+	@echo '               LOCKED=1 (the versions of requirements.lock, to the byte, instead of the newest that fit)'
 	@echo 'make check     the quick part of the tests: ruff, notebooks clean and in step with the package'
 	@echo 'make test      all tests: ruff, the notebooks, pytest'
 	@echo 'make test-flower   the tests with real clients and a real server, in an environment of their own (.venv-flower)'
@@ -27,12 +29,21 @@ help:
 	@echo 'make bench     time every round against bare compute; table and picture into benchmarks/results/'
 	@echo '               DEVICE=auto   BENCH="--precision bf16 --threads 2" (benchmarks/bench.py --help lists all)'
 	@echo 'make docs      the documentation as a site: _docs/index.html, to open as a file; nothing is fetched'
+	@echo 'make lock      look for newer versions and write requirements.lock again'
 	@echo 'make lab       JupyterLab, beginning with "Start here" (nbs/index.ipynb)'
 	@echo 'make clean     remove the environments, caches and executed notebooks; finished runs (runs/) and the gallery stay'
 	@echo 'The first of them sets up .venv, a matter of minutes; later ones use it.'
 
+# As below, but exactly what is in the lock file: each file must have one of its hashes, and nothing is built from elsewhere.
+.venv/.ready-locked: requirements.lock settings.ini pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch .venv/.ready $@
+
 # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would compile all it imports.
-$(READY): settings.ini pyproject.toml setup.py
+.venv/.ready: settings.ini pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "Python 3.11 to 3.14 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
@@ -77,6 +88,11 @@ lab: $(READY)
 # The theme announces its successor on every build.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# For every platform and Python; without addresses, so that the index is the reader's own. setuptools builds this package.
+lock: $(READY)
+	echo 'setuptools>=83' | $(BIN)/uv pip compile setup.py - --extra dev --universal --python-version 3.11 --upgrade --quiet \
+		--generate-hashes --no-emit-index-url --no-annotate --no-header --output-file requirements.lock
 
 clean:
 	rm -rf .venv .venv-flower figures/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _proc _docs

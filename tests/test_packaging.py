@@ -14,6 +14,7 @@ import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fsl_sage
 
@@ -66,6 +67,37 @@ def test_bounds_of_dependencies_are_those_of_the_table(settings):
     build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
     assert table == asked | set(build) and len(rows) == len(table)
     assert all(date == "–" or date >= "2026-11-26" for _, _, date in rows)
+
+
+def locked_versions(text):
+    """What a lock file holds: name → versions; a name has several for different platforms or Pythons."""
+    versions = {}
+    for entry in re.split(r"\n(?=\S)", text.strip()):
+        requirement = Requirement(entry.split(" \\\n")[0])
+        (exact,) = requirement.specifier
+        assert exact.operator == "==" and re.search(r"\n    --hash=sha256:[0-9a-f]{64}", entry), entry[:60]
+        versions.setdefault(canonicalize_name(requirement.name), []).append(exact.version)
+    return versions
+
+
+def out_of_step(versions, asked):
+    """Requirements that a lock file does not meet."""
+    needed = [Requirement(one) for one in asked]
+    held = {one: versions.get(canonicalize_name(one.name), []) for one in needed}
+    return [str(one) for one, found in held.items() if not found or not all(map(one.specifier.contains, found))]
+
+
+def test_the_lock_file_is_in_step_with_settings_ini(settings):
+    """Each requirement has a version that fits, each version a hash, and no address or path is in the file."""
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
+    asked = [*settings["requirements"].split(), *settings["dev_requirements"].split(), *build]
+    versions = locked_versions(text)
+    assert len(versions) > 100 and not out_of_step(versions, asked), "run make lock"
+    assert "://" not in text and "/" not in text and not re.search("(?m)^(-|#)", text)
+    assert out_of_step(versions, ["numpy>=99", "no-such-package", "torch"]) == ["numpy>=99", "no-such-package"]
+    with pytest.raises(AssertionError):
+        locked_versions(text + "\nnumpy==2.4.6")  # without a hash
 
 
 @pytest.mark.parametrize(
