@@ -7,7 +7,7 @@ __all__ = ['HIDDEN', 'MOST_ROWS', 'MOST_COLUMNS', 'NOT_SHOWN', 'LATER', 'BLOCK',
            'words', 'costs', 'cost_table', 'statements', 'tested', 'counted', 'headline', 'block', 'rendered',
            'render_texts']
 
-# %% ../nbs/16b_texts.ipynb #fcd93aca
+# %% ../nbs/16b_texts.ipynb #0dc4d5b3
 import json
 import math
 import re
@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .claims import VERSUS, gather, published, settings_tested
-from .comparison import LIMITS, TARGETS
 from .core import atomic_path, one_of, require
 from .plots import interval, median_reach
 from .report import PAPERS, duration, number, owner, read_intro
 from .runs import LABELS
 from .tables import as_markdown
 
-# %% ../nbs/16b_texts.ipynb #2f461751
+# %% ../nbs/16b_texts.ipynb #4e7beead
 HIDDEN = ("hash", "machine", "seconds")  # columns that a text does not show
 
 
@@ -64,7 +63,7 @@ def over_seeds(
         rows.append(cells | {name: shown(*interval(runs[name])) for name in measured})
     return pd.DataFrame(rows, columns=[name for name in first if name in rows[0]])
 
-# %% ../nbs/16b_texts.ipynb #38e21add
+# %% ../nbs/16b_texts.ipynb #0c8125ac
 MOST_ROWS, MOST_COLUMNS = 24, 12  # of a table in a text; larger ones are linked
 NOT_SHOWN = ("curves", VERSUS.removesuffix(".csv").strip("_"))
 
@@ -131,7 +130,7 @@ def words(name: object) -> str:
     "A column's name for readers."
     return str(name).replace("_", " ")
 
-# %% ../nbs/16b_texts.ipynb #7c7bc9b6
+# %% ../nbs/16b_texts.ipynb #46318ed3
 def costs(
     gallery: Gallery,
 ) -> dict[str, Any]:  # runs, core_seconds (NaN: some do not say), notebook_seconds, peak_bytes, of the whole gallery
@@ -166,7 +165,7 @@ def cost_table(
         })  # fmt: skip
     return as_markdown(pd.DataFrame(rows).set_index("figure"))
 
-# %% ../nbs/16b_texts.ipynb #89591c8c
+# %% ../nbs/16b_texts.ipynb #423aae24
 def statements(
     ledger: pd.DataFrame,  # from `claims.gather`
     artefact: str,  # of a paper; several begin alike ("Table")
@@ -197,7 +196,7 @@ def counted(
 
 def headline(
     gallery: Gallery,
-) -> dict[str, Any]:  # rows of the table; target, budget, order here and in the paper
+) -> dict[str, Any]:  # rows of the table; target, budget in MiB, order here and in the paper
     "FSL-SAGE's headline figure beside ours, method by method."
     name = "sage_accuracy_vs_communication"
     facts, table = gallery.facts(name), gallery.table(f"{name}_summary")
@@ -216,12 +215,12 @@ def headline(
     never = [label for label, gb in reach.items() if math.isnan(gb)]
     there = sorted((label for label in reach if label not in never), key=reach.get)
     return {
-        "rows": rows, "target": TARGETS[facts["preset"]], "budget": LIMITS[facts["preset"]][1], "facts": facts,
+        "rows": rows, "target": table.target.iloc[0], "budget": table.budget_MiB.iloc[0], "facts": facts,
         "here": " < ".join([*there, *[", ".join(never)] * bool(never)]),
         "theirs": " < ".join(sorted(paper, key=paper.get)),
     }  # fmt: skip
 
-# %% ../nbs/16b_texts.ipynb #802dd96a
+# %% ../nbs/16b_texts.ipynb #7fd07509
 BLOCK = re.compile(r"(<!-- gallery: (\w+) -->\n).*?(<!-- /gallery -->)", re.S)
 TEXTS = ("README.md", "docs/*.md")  # files that may have blocks
 
@@ -239,8 +238,8 @@ def block(
     names = {"statements": statements, "tested": tested, "headline": headline, "costs": costs, "counted": counted}
     try:
         return environment.get_template(f"{name}.md.j2").render(gallery=gallery, **names).strip() + "\n"
-    except TemplateError as error:
-        raise ValueError(f"{templates / name}.md.j2 does not fit the gallery ({error}): mend the template") from error
+    except Exception as error:  # of any kind: a template asks for what a table of another version does not have
+        raise ValueError(f"{name}.md.j2 does not fit the gallery ({error}): make its figures again") from error
 
 
 def rendered(
