@@ -191,7 +191,7 @@ def work_of(
     uploaded = sum(batches[:: config.server_update_interval])
     if name == "fed_avg":
         models, sent = c.client_bytes + c.server_bytes, Work(client, n * c.whole, 0, 0, steps=steps)
-    elif name in ("cse_fsl", "fsl_sage"):
+    elif name in ("cse_fsl", "fsl_sage", "fixed_auxiliary"):
         own = c.with_aux if name == "cse_fsl" else c.client + c.estimate
         models = c.client_bytes + (c.aux_bytes if name == "cse_fsl" else 0)
         passes = alignment_flops(c, aligned, config.align_epochs)

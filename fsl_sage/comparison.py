@@ -55,7 +55,7 @@ def controls(
     size: str,  # smoke, quick, paper or published; the last two have none
     alpha: float | None = None,  # as for `comparison_run`
     **changes: object,  # fields by dotted name
-) -> list[Experiment]:  # frozen client, true gradient
+) -> list[Experiment]:  # frozen client, fixed auxiliary, true gradient
     "The runs between which every method of FSL-SAGE's figures should lie. `ValueError` for an unknown size or field."
     known = size == "published" or one_of("preset", size, SIZES)
     small = known and size not in ("paper", "published")

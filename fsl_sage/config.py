@@ -273,6 +273,7 @@ ALGORITHM_FIELDS = {
     "sl_multi_server": (),
     "cse_fsl": ("server_update_interval",),
     "frozen_client": ("server_update_interval",),
+    "fixed_auxiliary": ("server_update_interval",),
     "true_gradient": ("server_update_interval", "cosine"),
     "fsl_sage": (
         "server_update_interval", "align_interval", "align_epochs", "align_batch_size", "max_dataset_size",
@@ -478,7 +479,7 @@ def _settle_parts(experiment: Experiment) -> None:
     name, model = experiment.algorithm.name, experiment.model
     if name == "centralised":
         require(experiment.num_clients == 1, "num_clients", experiment.num_clients, "1 for 'centralised'")
-    if name in ("cse_fsl", "fsl_sage"):
+    if name in ("cse_fsl", "fsl_sage", "fixed_auxiliary"):
         fine = f"one of {', '.join(AUXILIARIES)} for {name!r}, which needs an auxiliary model; or any network with " \
                f"model.auxiliary.size={FIRST_LAYERS}"  # fmt: skip
         has_one = model.name in AUXILIARIES or model.auxiliary.size == FIRST_LAYERS

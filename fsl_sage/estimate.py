@@ -41,7 +41,7 @@ def networks(
     channels = 3 if dataset.rgb32 else known.channels
     size = 32 if channels == 3 else 28
     split = split_model(model.name, channels, known.num_classes, size, model.width, model.cut)
-    has_one = algorithm in ("cse_fsl", "fsl_sage")
+    has_one = algorithm in ("cse_fsl", "fsl_sage", "fixed_auxiliary")
     aux = auxiliary_model(model.name, split, model.auxiliary.size) if has_one else None
     return split, aux, (channels, size, size)
 

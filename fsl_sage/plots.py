@@ -45,6 +45,7 @@ STYLES = {
     "FedAvg": {"color": COLOURS[0], "marker": "o", "linestyle": (0, (5, 1, 1, 1))},
     "FedAvg (shared server)": {"color": COLOURS[4], "marker": "s", "linestyle": (0, (5, 3))},
     "true gradient": {"color": "#5e5e5e", "marker": ">", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
+    "fixed auxiliary": {"color": "#7d6b4f", "marker": "h", "linestyle": (0, (4, 1, 1, 2))},
     "frozen client": {"color": "#ababab", "marker": "<", "linestyle": (0, (2, 1))},
     "centralised": {"color": "black", "marker": "", "linestyle": ":"},
     "sglr": {"color": "#8000e6", "marker": "P", "linestyle": (0, (8, 2))},

@@ -1097,7 +1097,7 @@ class RunStore(StoredRuns):
 LABELS = {
     "centralised": "centralised", "fed_avg": "FedAvg", "sl_single_server": "SplitFed-SS",
     "sl_multi_server": "SplitFed-MS", "cse_fsl": "CSE-FSL", "fsl_sage": "FSL-SAGE",
-    "frozen_client": "frozen client", "true_gradient": "true gradient",
+    "frozen_client": "frozen client", "fixed_auxiliary": "fixed auxiliary", "true_gradient": "true gradient",
 }  # fmt: skip
 
 
