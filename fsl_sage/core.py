@@ -71,6 +71,8 @@ def user_path(
     path: str | Path,  # may begin with ~ or ~user
 ) -> Path:
     "The path with the home folder in the place of `~`. `ValueError` if there is none."
+    if str(path).startswith("./~"):  # a Path would forget the dot
+        return Path(path).absolute()
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
