@@ -64,6 +64,9 @@ def certificate(
         builder = builder.add_extension(origin, critical=False)
     else:
         builder = builder.add_extension(whose, critical=False)
+        uses = dict.fromkeys(("digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
+                              "key_agreement", "encipher_only", "decipher_only"), False)  # fmt: skip
+        builder = builder.add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **uses), critical=True)
     return builder.sign(signer, SHA384())
 
 # %% ../nbs/21b_certificates.ipynb #94fc8830
