@@ -61,3 +61,43 @@ def test_what_there_is_is_listed():
     listed = (ROOT / "docs" / "algorithms.md").read_text("utf-8")
     names = [*ALGORITHM_FIELDS, *MODELS, *KNOWN, *DISTRIBUTIONS]
     assert [name for name in names if f"`{name}`" not in listed] == []
+
+
+PROMISES = {  # words of README → what holds them
+    "come out to a relative 1e-7 or better": "tests/test_traces.py::test_trace",
+    "The released code's totals at the headline settings": "tests/test_properties.py::test_published_bytes",
+    "the published 2.613, 40.078 and 8.029 MiB": "nbs/03_split.ipynb::== 2.613",
+    "SGLR's Table 6 follows from the ledger": "tests/test_sglr.py::test_ledger_is_table_6",
+    "**Same seed, same history**": "tests/test_properties.py::test_same_seed_same_history",
+    "also when a run is killed and resumed": "tests/test_runs.py::test_killed_ten_times_the_history_is_the_same",
+    "trains *one shared* upper half": "tests/test_properties.py::test_shared_server_is_another_algorithm",
+    "`DEVICE=cpu|cuda|auto`": "Makefile::--device $(DEVICE)",
+    "as a site that needs no network": "tests/test_docs.py::test_pages_load_nothing_from_a_network",
+    "`pip install .`": "tests/test_wheel.py::Requires-Python",
+    "## Ten lines": "tests/test_readme.py::test_the_ten_lines_run",
+    "A wrong name or value is answered with the right ones": "tests/test_bad_input.py::test_configuration",
+    "the words are those of the authors' code": "tests/test_cli.py::test_the_authors_command_is_the_published",
+    "fsl-sage-federate local --clients 2": "tests/test_federate.py::test_processes_end_with_the_history",
+    "any other, cut at any layer across which one tensor goes": "tests/test_cut.py::test_listed_cuts_can_be_made",
+    "by its digest in the store of runs": "tests/test_plugins.py::test_two_files_with_one_name_are_two_experiments",
+    "put `cifar10.npz` into a folder": "tests/test_advice.py::a_place_for_data",
+    "give the same command again: it resumes": "tests/test_faults.py::test_a_finished_run_is_not_run_again",
+    "`run nbdev_export`, `run nbdev_clean`": "tests/test_packaging.py::run nbdev_",
+}
+
+
+def test_each_promise_has_what_holds_it():
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert [words for words in PROMISES if words not in readme] == []
+    for place in PROMISES.values():
+        file, _, what = place.partition("::")
+        assert what in (ROOT / file).read_text("utf-8"), place
+
+
+def test_the_table_lists_what_there_is():
+    rows = re.findall(r"^\| (algorithms|networks|data sets) \| (.*) \|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    listed = {kind: re.findall(r"`([a-z]\w*)`", text) for kind, text in rows}
+    assert sorted(listed["algorithms"]) == sorted(ALGORITHM_FIELDS)
+    with_stem = [f"{name}_cifar" for name in ("resnet18", "resnet50", "resnet152")]
+    assert sorted(listed["networks"] + with_stem) == sorted(MODELS)
+    assert set(listed["data sets"]) == set(KNOWN) - {"imagefolder"}  # folders of pictures
