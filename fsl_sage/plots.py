@@ -54,7 +54,7 @@ STYLES = {
     "ssl": {"color": "#4d1a00", "marker": "D", "linestyle": (0, (8, 2, 1, 2))},
 }
 OTHERS = (
-    {"color": "#994d33", "marker": "h", "linestyle": (0, (3, 3))},
+    {"color": "#994d33", "marker": (3, 1, 0), "linestyle": (0, (3, 3))},
     {"color": "#4d33b3", "marker": (4, 1, 0), "linestyle": (0, (1, 3))},
     {"color": "#4d334d", "marker": (6, 1, 0), "linestyle": (0, (8, 2, 2, 2))},
     {"color": "#1a001a", "marker": "8", "linestyle": (0, (5, 1, 2, 1))},
