@@ -596,7 +596,7 @@ SGLR_PRESETS = {
     },
     "quick": SGLR_COMMON | {
         "dataset.val_size": 200, "dataset.samples_per_client": 200, "model.width": 16,
-        "model.client.batch_size": 20, "num_clients": 6, "rounds": 5,
+        "model.client.batch_size": 20, "num_clients": 6, "rounds": 5, "eval_every": 5,
     },
     "paper": SGLR_COMMON | {
         "dataset.name": "fmnist", "dataset.rgb32": True, "dataset.val_size": 10000, "dataset.samples_per_client": 1000,
