@@ -169,4 +169,6 @@ BUNDLES = {
     "eight_clients": Bundle(TABLES, {"clients": [8]}, "n = 8: where Table 1 collapses at lr_power 2; Table 3"),
     "ten_clients": Bundle(TABLES, {"clients": [10]}, "n = 10: Tables 1 to 3"),
     "two_and_four": Bundle(TABLES, {"clients": [2, 4]}, "n = 2 and 4: Tables 1 to 3"),
+    "table_4": Bundle("sglr_table_4", {}, "Table 4: five methods with AlexNet"),
+    "table_5": Bundle("sglr_activations_and_leakage", {"seeds": [200]}, "Table 5: leakage over φ at n = 6"),
 }
