@@ -16,7 +16,9 @@ WITH_BLOCKS = [path for path in FILES if "<!-- gallery:" in path.read_text("utf-
 RESULTS = [ROOT / "README.md", ROOT / "docs" / "results.md"]  # texts about what came out
 FIGURES = sorted((ROOT / "figures").glob("*.ipynb"))
 QUOTED = re.compile(r"(?<![\w.,/])\d+\.\d+(?![\w.]*\d)(?: ?%)?|(?<![\w.,/])\d+ (?:%|points?\b)")  # 0.753, 88.6 %, 12 %
-FENCES = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|\$[^$]+\$|arXiv [\d.]+|Sec\. [\d.]+|Python [\d.]+ to [\d.]+", re.S)  # no results
+FENCES = re.compile(  # no results
+    r"```.*?```|`[^`\n]*`|\]\([^)]*\)|\$[^$]+\$|arXiv [\d.]+|Sec\. [\d.]+|Python [\d.]+ to [\d.]+", re.S
+)
 ARITHMETIC = {"683.1", "95.49994", "3.4"}  # follow from published numbers: a count, a formula, a difference
 
 
