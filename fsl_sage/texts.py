@@ -27,7 +27,7 @@ from .runs import LABELS
 from .tables import as_markdown
 
 # %% ../nbs/16b_texts.ipynb #4e7beead
-HIDDEN = ("hash", "machine", "seconds")  # columns that a text does not show
+HIDDEN = ("hash", "machine", "seconds", "target", "budget_MiB")  # columns that a text does not show
 
 
 def shown(
@@ -45,6 +45,13 @@ def shown(
     return text if math.isnan(half) else f"{value:,.{digits}f} ± {half:,.{digits}f}"
 
 
+def _measured(values: pd.Series) -> str:
+    "Mean and interval; if some seeds have no value, such as a target they never reached, how many have."
+    there = values.notna().sum()
+    some = f" ({there} of {len(values)} seeds)" if 0 < there < len(values) else ""
+    return shown(*interval(values)) + some
+
+
 def over_seeds(
     table: pd.DataFrame,  # with a column `seed`, or without
 ) -> pd.DataFrame:  # of texts, a row a setting
@@ -60,7 +67,7 @@ def over_seeds(
     for place, runs in table.groupby(keys, sort=False, dropna=False):
         measured = [name for name in first if name not in keys and pd.api.types.is_numeric_dtype(first[name])]
         cells = dict(zip(keys, map(shown, place), strict=True))
-        rows.append(cells | {name: shown(*interval(runs[name])) for name in measured})
+        rows.append(cells | {name: _measured(runs[name]) for name in measured})
     return pd.DataFrame(rows, columns=[name for name in first if name in rows[0]])
 
 # %% ../nbs/16b_texts.ipynb #0c8125ac
