@@ -102,3 +102,21 @@ def test_texts_follow_a_gallery_made_on_another_machine(tmp_path):
         block = next(match[0] for match in BLOCK.finditer(text) if match[2] == "headline")
         assert "a VAX" in block and "0.123" in block
         assert not re.search(r"\| 0\.(?!123)\d{3}( ± [\d.]+)? \|$", block, re.M)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "figures" / "gallery").glob("*.json")), ids=lambda path: path.stem)
+def test_each_picture_says_what_a_reviewer_asks(path):
+    """Command, parameters, versions, machine, cost; of its runs also data, processor time and memory."""
+    facts = json.loads(path.read_text("utf-8"))
+    notebook = max((one.stem for one in FIGURES if path.stem.startswith(one.stem)), key=len)
+    assert facts["command"].startswith("fsl-sage-reproduce --only ") and notebook in facts["command"]
+    assert {"preset", "device"} <= set(facts["parameters"])
+    assert facts["preset"] in (facts["parameters"]["preset"], "paper")  # drawn or counted: as published
+    assert not any(str(value).startswith("/") for value in facts["parameters"].values())
+    assert {"python", "numpy", "pandas", "matplotlib"} <= set(facts["drawn"]) and facts["drawn"]["core_seconds"] > 0
+    assert {"python", "torch", "numpy", "pandas", "fsl_sage"} <= set(facts["versions"])
+    assert facts["torch_builds"] and facts["instruction_sets"] and facts["cores"] and facts["hardware"]
+    if facts["runs"]:
+        assert len(facts["core_seconds_of_runs"]) == len(facts["runs"]) and facts["peak_bytes"] > 2**26
+        assert facts["core_seconds"] == pytest.approx(sum(facts["core_seconds_of_runs"]))
+        assert facts["jobs"] and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in facts["data"].values())
