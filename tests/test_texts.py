@@ -42,7 +42,7 @@ def published_numbers():
 def of_processors():
     """What results.md says of capped instruction sets, from the runs in benchmarks/processor.csv."""
     table = pd.read_csv(ROOT / "benchmarks" / "processor.csv")
-    accuracy = table.pivot(index=["algorithm", "seed", "round"], columns="kernels", values="test_accuracy")
+    accuracy = table.pivot_table("test_accuracy", ["algorithm", "seed", "round"], "kernels")
     last = accuracy.xs(table["round"].max(), level="round")
     spread = last["as chosen"].groupby("algorithm").std()
     numbers = [*spread, (accuracy["AVX2"] - accuracy["as chosen"]).abs().max()]

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GALLERY = ROOT / "figures" / "gallery"
 START = sorted((ROOT / "nbs").glob("index.ipynb"))
 ORDER = "".join(path.read_text("utf-8") for path in START)  # "Start here" names the tutorials in the order of reading
-TUTORIALS = sorted(ROOT.glob("nbs/tutorials/*.ipynb"), key=lambda path: (len(ORDER.partition(path.name)[0]), path))
+LEARN = [*ROOT.glob("nbs/from_scratch*.ipynb"), *ROOT.glob("nbs/tutorials/*.ipynb")]
+TUTORIALS = sorted(LEARN, key=lambda path: (len(ORDER.partition(path.name)[0]), path))
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 OF_GALLERY = Gallery(GALLERY, ROOT / "figures")
 FIGURES = {figure["name"]: figure for figure in read_figures(GALLERY, ROOT / "figures") if figure["notebook"]}
@@ -42,7 +43,8 @@ def address(path: Path) -> str:
 NOTEBOOKS = [*START, *TUTORIALS, *LIBRARY, *(ROOT / "figures" / f"{name}.ipynb" for name in FIGURES)]
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "CITATION.cff")
 AS_THEY_ARE = (*TEXTS, "figures/gallery/*.*", "benchmarks/*.csv", "benchmarks/*.png")
-FILES = [path for pattern in AS_THEY_ARE for path in ROOT.glob(pattern)]
+TABLES = set(GALLERY.glob("*.md"))  # to be put into texts; as pages of the site they would say nothing else
+FILES = [path for pattern in AS_THEY_ARE for path in ROOT.glob(pattern) if path not in TABLES]
 ADDRESSES = {path: address(path) for path in [*NOTEBOOKS, *FILES, *(ROOT / "docs").rglob("*.md")]}
 ORIGINS = {uri: path for path, uri in ADDRESSES.items()}
 
