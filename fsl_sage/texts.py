@@ -71,7 +71,8 @@ def over_seeds(
     return pd.DataFrame(rows, columns=[name for name in first if name in rows[0]])
 
 # %% ../nbs/16b_texts.ipynb #0c8125ac
-MOST_ROWS, MOST_COLUMNS = 24, 12  # of a table in a text; larger ones are linked
+MOST_ROWS = 24  # of a table in a text; larger ones are linked
+MOST_COLUMNS = 12  # likewise
 NOT_SHOWN = ("curves", VERSUS.removesuffix(".csv").strip("_"))
 
 
