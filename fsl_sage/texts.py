@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .claims import VERSUS, gather, published, settings_tested
 from .core import atomic_path, one_of, require
-from .plots import interval, median_reach
+from .plots import interval, median_reach, paired
 from .report import PAPERS, duration, number, owner, read_intro
 from .runs import LABELS
 from .tables import as_markdown
@@ -204,7 +204,7 @@ def counted(
 
 def headline(
     gallery: Gallery,
-) -> dict[str, Any]:  # rows of the table; target, budget in MiB, order here and in the paper
+) -> dict[str, Any]:  # rows of the table; target, budget in MiB, order here and in the paper; what alignment adds
     "FSL-SAGE's headline figure beside ours, method by method."
     name = "sage_accuracy_vs_communication"
     facts, table = gallery.facts(name), gallery.table(f"{name}_summary")
@@ -222,7 +222,10 @@ def headline(
         })  # fmt: skip
     never = [label for label, gb in reach.items() if math.isnan(gb)]
     there = sorted((label for label in reach if label not in never), key=reach.get)
+    control = "fixed auxiliary"
+    gains = paired(table, "final_accuracy", "label", control) if control in set(table.label) else None
     return {
+        "added": None if gains is None else gains.set_index("label").loc["FSL-SAGE"],
         "rows": rows, "target": table.target.iloc[0], "budget": table.budget_MiB.iloc[0], "facts": facts,
         "here": " < ".join([*there, *[", ".join(never)] * bool(never)]),
         "theirs": " < ".join(sorted(paper, key=paper.get)),
