@@ -257,7 +257,7 @@ def test_data_that_differ_each_time_are_refused(tmp_path):
     (tmp_path / "odd.py").write_text(odd)
     load_plugins([tmp_path / "odd.py"])
     put(0)
-    with pytest.raises(ValueError, match="a plug-in makes other data"):
+    with pytest.raises(ValueError, match="a plug-in has other data"):
         get(EXPERIMENT.replace(**{"dataset.name": "made"}))
 
 
