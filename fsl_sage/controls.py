@@ -121,8 +121,9 @@ def true_gradient_round(
                 metrics.loss(i, s, loss)
             else:
                 cut_grad = true_cut_grad(server, at_server, labels)
-            sent = cut_grad if c == 1 else degrade(cut_grad, c, generator(seed, "turn", i, rnd, s))
-            client.step(smashed, link.down(cut_grad=sent))
+            if client.learns:
+                sent = cut_grad if c == 1 else degrade(cut_grad, c, generator(seed, "turn", i, rnd, s))
+                client.step(smashed, link.down(cut_grad=sent))
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
 

@@ -158,7 +158,7 @@ def lines(*layers, first=None):
 
 
 def own(name, algorithm="fed_avg", **changes):
-    aux = {"model.auxiliary.size": "first_layers"} if algorithm in ("fsl_sage", "cse_fsl") else {}
+    aux = {"model.auxiliary.size": "first_layers"} if algorithm in ("fsl_sage", "cse_fsl", "fixed_auxiliary") else {}
     small = {"dataset.max_train": 60, "dataset.val_size": 0, "dataset.max_test": 20, "rounds": 1, "model.width": 4}
     small |= {"dataset.distribution": "iid", "model.name": name}
     return preset("smoke", algorithm, **small | aux | changes)
@@ -259,10 +259,10 @@ def test_a_frozen_half_stays_and_the_other_is_trained(network, algorithm, frozen
     parts = [{"client": state.clients[0].model, "server": state.servers[0].model} for state in states]
     for half in HALVES:
         before, after = (model[half].state_dict() for model in parts)
-        assert all(torch.equal(before[name], after[name]) for name in before) == (half == frozen), half
-    assert ("cut_grad" in set(done[0].ledger.kind)) == (
-        frozen == "server" and algorithm not in ("centralised", "fed_avg", "cse_fsl", "fsl_sage")
-    )
+        stays = half == frozen or (half == "client" and algorithm == "frozen_client")
+        assert all(torch.equal(before[name], after[name]) for name in before) == stays, half
+    without = ("centralised", "fed_avg", "cse_fsl", "fsl_sage", "fixed_auxiliary", "frozen_client")
+    assert ("cut_grad" in set(done[0].ledger.kind)) == (frozen == "server" and algorithm not in without)
 
 
 @pytest.mark.parametrize("algorithm", ["fed_avg", "sl_single_server", "sglr", "cse_fsl", "fsl_sage"])
