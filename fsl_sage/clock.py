@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .auxiliary import estimate_cut_grad
-from .config import ClockConfig, Experiment
+from .config import WITH_AUXILIARY, ClockConfig, Experiment
 from .core import arithmetic, generator, random_stream, require, tensor_bytes
 from .federation import State, asked_clients
 from .split import SmallMapConv2d
@@ -191,7 +191,7 @@ def work_of(
     uploaded = sum(batches[:: config.server_update_interval])
     if name == "fed_avg":
         models, sent = c.client_bytes + c.server_bytes, Work(client, n * c.whole, 0, 0, steps=steps)
-    elif name in ("cse_fsl", "fsl_sage", "fixed_auxiliary"):
+    elif name in WITH_AUXILIARY:
         own = c.with_aux if name == "cse_fsl" else c.client + c.estimate
         models = c.client_bytes + (c.aux_bytes if name == "cse_fsl" else 0)
         passes = alignment_flops(c, aligned, config.align_epochs)

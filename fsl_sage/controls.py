@@ -114,7 +114,7 @@ def true_gradient_round(
     for i in state.present:
         client, link = state.clients[i], ledger.link(rnd, i)
         for s, x, y in state.batches(i, rnd):
-            smashed = client(x)
+            smashed = client.forward(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
             if s % config.server_update_interval == 0:
                 loss, cut_grad = server_step(server, at_server, labels)
@@ -123,7 +123,7 @@ def true_gradient_round(
                 cut_grad = true_cut_grad(server, at_server, labels)
             if client.learns:
                 sent = cut_grad if c == 1 else degrade(cut_grad, c, generator(seed, "turn", i, rnd, s))
-                client.step(smashed, link.down(cut_grad=sent))
+                client.backward(smashed, link.down(cut_grad=sent))
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from .auxiliary import auxiliary_model
 from .clock import CountFlops, Costs, attendances, costs_of
-from .config import DatasetConfig, Experiment, ModelConfig, preset
+from .config import WITH_AUXILIARY, DatasetConfig, Experiment, ModelConfig, preset
 from .core import arithmetic, held_memory, one_of
 from .data import KNOWN
 from .split import SplitModel, fast_layout, split_model
@@ -41,7 +41,7 @@ def networks(
     channels = 3 if dataset.rgb32 else known.channels
     size = 32 if channels == 3 else 28
     split = split_model(model.name, channels, known.num_classes, size, model.width, model.cut)
-    has_one = algorithm in ("cse_fsl", "fsl_sage", "fixed_auxiliary")
+    has_one = algorithm in WITH_AUXILIARY
     aux = auxiliary_model(model.name, split, model.auxiliary.size) if has_one else None
     return split, aux, (channels, size, size)
 

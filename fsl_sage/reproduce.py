@@ -533,7 +533,8 @@ def _pages(
         print(f"all figures and claims on one page: {os.path.relpath(build_report(gallery, folder))}")
         root, own = folder.parent, folder / "gallery"
         if checkout(folder) == root and own in (gallery, gallery.parent):
-            build_report(own, folder)  # its ledger has the published gallery's numbers, too
+            if gallery != own:
+                build_report(own, folder)  # its ledger has the published gallery's numbers, too
             renewed = [path.relative_to(root).as_posix() for path in render_texts(root)]
             print(f"numbers renewed in: {', '.join(renewed) or 'none of the texts, all are as the tables'}")
     except ValueError as error:  # the pictures are there all the same
