@@ -27,18 +27,21 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from fsl_sage.auxiliary import estimate_cut_grad, true_cut_grad
-from fsl_sage.clock import CountFlops
+from fsl_sage.algorithms.base import Metrics
+from fsl_sage.algorithms.fleet import clients_in_flight
+from fsl_sage.algorithms.state import State
 from fsl_sage.config import PRECISIONS, Experiment, preset
 from fsl_sage.core import arithmetic, atomic_path, choose_device
-from fsl_sage.data import ClientData, Images
-from fsl_sage.federation import Metrics, State
-from fsl_sage.fleet import clients_in_flight
+from fsl_sage.costs.clock import CountFlops
+from fsl_sage.data.batches import ClientData
+from fsl_sage.data.images import Images
+from fsl_sage.experiments.provenance import provenance
+from fsl_sage.experiments.runs import label
+from fsl_sage.experiments.train import ALGORITHMS
 from fsl_sage.ledger import Ledger
-from fsl_sage.plots import new_figure, stamp
-from fsl_sage.runs import label, provenance
-from fsl_sage.split import Part
-from fsl_sage.training import ALGORITHMS
+from fsl_sage.networks.auxiliary import estimate_cut_grad, true_cut_grad
+from fsl_sage.networks.part import Part
+from fsl_sage.papers.plots import new_figure, stamp
 
 HERE = Path(__file__).parent
 WHOLE = ("centralised", "fed_avg", "sl_single_server", "sl_multi_server", "ssl")  # one batch after another

@@ -108,7 +108,7 @@ def one_trace(name: str, device: str) -> tuple[str, float, float]:
     """A trace of the authors' code in float64 on `device`: its name, the largest relative deviation, seconds."""
     import torch
 
-    from fsl_sage.oracle import deviations, replay
+    from fsl_sage.papers.oracle import deviations, replay
 
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -144,7 +144,7 @@ def step_smoke(args: argparse.Namespace) -> None:
     import torch
 
     from fsl_sage.config import preset
-    from fsl_sage.training import ALGORITHMS, Callback, train, train_state
+    from fsl_sage.experiments.train import ALGORITHMS, Callback, train, train_state
 
     class Stop(Callback):
         def round(self, row: dict[str, Any], models: Any) -> None:
@@ -179,11 +179,12 @@ def parts_of(precision: str, device: str, tiny: bool) -> tuple:
     """State, batch, smashed data and target of FSL-SAGE at the published size, with a full alignment buffer."""
     import torch
 
-    from fsl_sage.auxiliary import true_cut_grad
     from fsl_sage.config import preset
-    from fsl_sage.data import ClientData, Images
+    from fsl_sage.data.batches import ClientData
+    from fsl_sage.data.images import Images
+    from fsl_sage.experiments.train import ALGORITHMS
     from fsl_sage.ledger import Ledger
-    from fsl_sage.training import ALGORITHMS
+    from fsl_sage.networks.auxiliary import true_cut_grad
 
     size = {"model.width": 8, "model.client.batch_size": 16} if tiny else {}
     run = preset("paper", "fsl_sage", num_clients=2, precision=precision, **size)
@@ -206,10 +207,11 @@ def kinds_of_work(state: Any, x: Any, y: Any, smashed: Any, target: Any) -> dict
     """What a round is made of, each by name."""
     import torch
 
-    from fsl_sage.auxiliary import align, estimate_cut_grad
     from fsl_sage.core import weighted_average
-    from fsl_sage.split import SplitModel, server_step
-    from fsl_sage.training import evaluate
+    from fsl_sage.experiments.train import evaluate
+    from fsl_sage.networks.auxiliary import align, estimate_cut_grad
+    from fsl_sage.networks.cut import SplitModel
+    from fsl_sage.networks.part import server_step
 
     client, server, aux = state.clients[0], state.servers[0], state.auxes[0]
     grad, models = torch.randn_like(smashed) * 1e-3, [client.model.state_dict()] * 10
@@ -226,7 +228,7 @@ def kinds_of_work(state: Any, x: Any, y: Any, smashed: Any, target: Any) -> dict
 def step_engine(args: argparse.Namespace) -> None:
     """Host and device milliseconds and kernels of each kind of work, by precision, as it stands and recorded."""
     from fsl_sage.core import arithmetic
-    from fsl_sage.recording import OnGpu, Pretended, recording
+    from fsl_sage.networks.recording import OnGpu, Pretended, recording
 
     found: dict[str, Any] = {}
     makers = {"eager": None, "recorded": Pretended if args.device == "cpu" else OnGpu}
@@ -263,8 +265,8 @@ def step_recorded(args: argparse.Namespace) -> None:
     import warnings
 
     from fsl_sage.config import preset
-    from fsl_sage.recording import OnGpu, Pretended, recording
-    from fsl_sage.training import train
+    from fsl_sage.experiments.train import train
+    from fsl_sage.networks.recording import OnGpu, Pretended, recording
 
     found: dict[str, Any] = {}
     makers = {"eager": None, "recorded": Pretended if args.device == "cpu" else OnGpu}
@@ -287,8 +289,8 @@ def step_recorded(args: argparse.Namespace) -> None:
 
 def steps_per_second(device: str, precision: str, seconds: float, tiny: bool) -> float:
     """Steps through both halves a second, for a while: what one process reaches beside others."""
+    from fsl_sage.algorithms.base import whole_step
     from fsl_sage.core import arithmetic
-    from fsl_sage.federation import whole_step
 
     state, x, y, *_ = parts_of(precision, device, tiny)
     done, start = 0, time.perf_counter()
@@ -323,7 +325,7 @@ def step_beside(args: argparse.Namespace) -> None:
 
 def headline(args: argparse.Namespace) -> list:
     """To 81 %: FSL-SAGE first. FedAvg's own history is SplitFed-MS's; the released one shares a server."""
-    from fsl_sage.comparison import headline_run
+    from fsl_sage.papers.comparison import headline_run
 
     methods = ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg")
     released = {"fed_avg": {"algorithm.share_server": True}}
@@ -348,7 +350,7 @@ def sglr(args: argparse.Namespace) -> list:
 
 def precisions(args: argparse.Namespace) -> list:
     """bf16 and tf32 against fp32: 30 rounds with three seeds."""
-    from fsl_sage.comparison import headline_run
+    from fsl_sage.papers.comparison import headline_run
 
     seeds = (200,) if args.tiny else (200, 201, 202)
     kinds, methods = ("fp32", "tf32", "bf16"), ("sl_single_server", "fsl_sage")
@@ -366,7 +368,8 @@ def small(args: argparse.Namespace) -> dict[str, Any]:
 
 def step_runs(args: argparse.Namespace, experiments: list) -> None:
     """Train what the store does not have, side by side; each run is stored as it finishes."""
-    from fsl_sage.runs import provenance, train_missing
+    from fsl_sage.experiments.provenance import provenance
+    from fsl_sage.experiments.runs import train_missing
 
     (THERE / "machine.json").write_text(json.dumps(provenance(args.device)))  # for runs that are cut short
     failed = train_missing(STORE, experiments, args.device, str(THERE / "data"), True, args.jobs)
@@ -564,7 +567,7 @@ def pack_fashion(root: str) -> None:
     """Fashion-MNIST for SGLR's step, if it is to be found; it has a transfer of its own."""
     import numpy as np
 
-    from fsl_sage.data import data_root, find_arrays
+    from fsl_sage.data.sources import data_root, find_arrays
 
     try:
         arrays, _ = find_arrays("fmnist", data_root(root), False, None)
@@ -612,9 +615,9 @@ def finish(head: dict[str, Any], made_with: dict[str, Any], folder: Path) -> str
     import pandas as pd
 
     from fsl_sage.config import from_dict
+    from fsl_sage.experiments.store import put_run, run_lock
+    from fsl_sage.experiments.train import ALIGNMENT_COLUMNS, History
     from fsl_sage.ledger import Ledger, Transfer
-    from fsl_sage.runs import put_run, run_lock
-    from fsl_sage.training import ALIGNMENT_COLUMNS, History
 
     whole, done, ledger = from_dict(head["experiment"]), head["progress"], Ledger()
     rates = whole.model.client.optimizer, whole.model.server.optimizer
@@ -635,8 +638,9 @@ def finish(head: dict[str, Any], made_with: dict[str, Any], folder: Path) -> str
 
 def home(args: argparse.Namespace) -> None:
     """Check the runs that came back, and put them into the store with the commit that made them."""
-    from fsl_sage.runs import StoreError, store_root
-    from fsl_sage.runs_cli import import_runs
+    from fsl_sage.commands.runs import import_runs
+    from fsl_sage.experiments.provenance import store_root
+    from fsl_sage.experiments.store import StoreError
 
     with tempfile.TemporaryDirectory() as room, tarfile.open(Path(args.folder) / "runs.tar.gz") as tar:
         tar.extractall(room, filter="data")

@@ -1,1 +1,34 @@
+"""Federated split learning: FSL-SAGE and SGLR, to understand, reproduce and extend. `import fsl_sage` loads no torch."""
+
+from importlib import import_module as _import_module
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "config": "Experiment from_dict preset",
+    "data.sources": "load",
+    "data.partition": "partition",
+    "ledger": "Ledger",
+    "networks.zoo": "split_model",
+    "networks.cut": "cut_layers",
+    "networks.auxiliary": "auxiliary_for",
+    "experiments.train": "Callback History train train_state",
+    "experiments.runs": "RunStore tidy",
+    "experiments.plugins": "algorithm auxiliary dataset load_plugins network",
+    "papers.plots": "plot_curves",
+    "papers.watch": "look watched_rounds",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = [*sorted(_HOME)]
+
+
+def __getattr__(name: str) -> object:
+    "The front door's names, each imported when it is first asked for (PEP 562)."
+    if name not in _HOME:
+        raise AttributeError(f"module 'fsl_sage' has no attribute {name!r}; its names are {', '.join(__all__)}")
+    value = globals()[name] = getattr(_import_module(f"fsl_sage.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,6 @@
 
 import sys
 
-from fsl_sage.cli import main
+from fsl_sage.commands.train import main
 
 sys.exit(main())

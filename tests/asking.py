@@ -6,8 +6,8 @@ import pandas as pd
 import torch
 
 from fsl_sage.config import preset
-from fsl_sage.flower import answer
-from fsl_sage.training import client_data, prepare
+from fsl_sage.experiments.train import client_data, prepare
+from fsl_sage.machines.flower import answer
 
 SMALL = {"num_clients": 2, "rounds": 3, "dataset.max_train": 60, "dataset.max_test": 20, "model.width": 8}
 SMALL |= {"model.client.batch_size": 16, "dataset.distribution": "noniid_dirichlet"}

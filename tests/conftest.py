@@ -8,7 +8,7 @@ import pytest
 import torch
 from attacks import AREAS
 
-from fsl_sage import training
+from fsl_sage.experiments import train as training
 
 TRACES = sorted((Path(__file__).parent / "traces").glob("*.json"))
 

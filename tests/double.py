@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fsl_sage import core, data
+from fsl_sage import core
+from fsl_sage.data import sources as data
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 from asking import Clients
 
 from fsl_sage.config import from_dict
-from fsl_sage.flower import ask_clients
-from fsl_sage.remote import line
-from fsl_sage.runs import RunStore
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.machines.flower import ask_clients
+from fsl_sage.machines.remote import line
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

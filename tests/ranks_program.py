@@ -10,9 +10,9 @@ import torch.distributed as dist
 from double import double_precision
 
 from fsl_sage.config import from_dict
+from fsl_sage.experiments.runs import RunStore
 from fsl_sage.ledger import KINDS
-from fsl_sage.ranks import RankMail, train_on_ranks
-from fsl_sage.runs import RunStore
+from fsl_sage.machines.ranks import RankMail, train_on_ranks
 
 counted = {}
 
@@ -66,7 +66,7 @@ def main(store, plan):
 
 
 if __name__ == "__main__":
-    from fsl_sage import ranks
+    from fsl_sage.machines import ranks
 
     ranks.RankMail = CountingMail
     main(*sys.argv[1:])

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
+from fsl_sage.commands.reproduce import machines
 from fsl_sage.config import preset
-from fsl_sage.reproduce import machines
-from fsl_sage.runs import RunStore, train_missing
+from fsl_sage.experiments.runs import RunStore, train_missing
 
 
 def children(node):

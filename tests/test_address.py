@@ -10,16 +10,19 @@ import pytest
 from conftest import stopped_after
 from PIL import Image
 
-from fsl_sage import data, digests, training
-from fsl_sage.cli import main
+from fsl_sage.commands.runs import find_run, list_runs, prunable, show_run
+from fsl_sage.commands.train import main
 from fsl_sage.config import PLUGGED, preset
-from fsl_sage.data import load
-from fsl_sage.digests import data_digest
-from fsl_sage.models import KeepModel
-from fsl_sage.plugins import FILES, forget, load_plugins
-from fsl_sage.runs import RunStore, checkpoint_of, digest_at, leftovers, model_of, read_all, run_name
-from fsl_sage.runs_cli import find_run, list_runs, prunable, show_run
-from fsl_sage.training import train
+from fsl_sage.data import sources as data
+from fsl_sage.data.sources import load
+from fsl_sage.experiments import digests
+from fsl_sage.experiments import train as training
+from fsl_sage.experiments.digests import data_digest
+from fsl_sage.experiments.models import KeepModel
+from fsl_sage.experiments.plugins import FILES, forget, load_plugins
+from fsl_sage.experiments.runs import RunStore, digest_at, read_all, run_name
+from fsl_sage.experiments.store import checkpoint_of, leftovers, model_of
+from fsl_sage.experiments.train import train
 
 OWN = {
     "dataset.name": "own", "dataset.max_train": None, "dataset.max_test": None, "rounds": 1, "num_clients": 2,
@@ -233,7 +236,7 @@ def test_a_file_that_hides_embedded_data_gets_a_word_and_its_own_run():
 
 MAKES = """
 import numpy as np
-from fsl_sage.plugins import dataset
+from fsl_sage import dataset
 
 @dataset("made")
 def made(root):

@@ -16,18 +16,20 @@ import torch
 from torch import nn
 
 import fsl_sage
-from fsl_sage import plugins
-from fsl_sage.claims import parse_setting, read_versus
 from fsl_sage.config import MissingPluginError, from_dict, preset
 from fsl_sage.core import choose_device, one_of, user_path
-from fsl_sage.data import load
-from fsl_sage.models import KeepModel, load_model
-from fsl_sage.plots import new_figure, save_figure
-from fsl_sage.plugins import PluginError, load_plugins
-from fsl_sage.runs import RunStore, about_here, read_whole
-from fsl_sage.split import SplitModel, cut_layers, keep_modes
-from fsl_sage.training import Callback, DivergedError, set_up
-from fsl_sage.trial import try_parts
+from fsl_sage.data.sources import load
+from fsl_sage.experiments import plugins
+from fsl_sage.experiments.models import KeepModel, load_model
+from fsl_sage.experiments.plugins import PluginError, load_plugins
+from fsl_sage.experiments.provenance import about_here
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.store import read_whole
+from fsl_sage.experiments.train import Callback, DivergedError, set_up
+from fsl_sage.networks.cut import SplitModel, cut_layers, keep_modes
+from fsl_sage.networks.trial import try_parts
+from fsl_sage.papers.claims import parse_setting, read_versus
+from fsl_sage.papers.plots import new_figure, save_figure
 
 ROOT = Path(__file__).parent.parent
 TINY = {"num_clients": 2, "rounds": 1, "model.width": 1, "dataset.max_train": 40, "dataset.max_test": 10}
@@ -68,7 +70,7 @@ def advising(path):
     return [text for text in texts if len(text) > 12 and " " in text and "\n" not in text and ADVICE.search(text)]
 
 
-MODULES = sorted(path for path in Path(fsl_sage.__file__).parent.glob("*.py") if path.name != "_modidx.py")
+MODULES = sorted(path for path in Path(fsl_sage.__file__).parent.rglob("*.py") if path.name != "_modidx.py")
 FOUND = sorted({(path.stem, text) for path in MODULES for text in advising(path)})
 
 
@@ -83,7 +85,7 @@ def refused(says, call, *args, **named):
 
 
 def another_folder(tmp_path):
-    from fsl_sage.certificates import make_certificates
+    from fsl_sage.machines.certificates import make_certificates
 
     make_certificates(tmp_path / "one", ["localhost"], 1)
     refused("is there already; name another folder", make_certificates, tmp_path / "one", ["localhost"], 1)
@@ -93,7 +95,7 @@ def another_folder(tmp_path):
 
 
 def another_share(tmp_path):
-    from fsl_sage.shares import write_shares
+    from fsl_sage.machines.shares import write_shares
 
     experiment = preset("smoke", "fed_avg", **TINY)
     write_shares(experiment, tmp_path / "one")
@@ -112,7 +114,7 @@ def the_closest_name(tmp_path):
 
 
 def the_closest_key(tmp_path):
-    from fsl_sage.cli import jobs_of
+    from fsl_sage.commands.train import jobs_of
 
     text = refused("did you mean", jobs_of, ["preset=smoke", "algorithm.align_intervall=5"])
     meant = re.search(r"did you mean ([\w.]+)", text)[1]
@@ -121,7 +123,7 @@ def the_closest_key(tmp_path):
 
 
 def several_values(tmp_path):
-    from fsl_sage.cli import jobs_of
+    from fsl_sage.commands.train import jobs_of
 
     refused("one value, or use -m", jobs_of, ["preset=smoke", "seed=1,2"])
     assert len(jobs_of(["preset=smoke", "seed=1,2"], multirun=True)) == 2
@@ -139,7 +141,7 @@ def an_extra(tmp_path):
 def a_plugin(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from torch import nn\nfrom fsl_sage.plugins import split_model\n\n\n@split_model('mine_here', cut='0')\n"
+        "from torch import nn\nfrom fsl_sage import network\n\n\n@network('mine_here', cut='0')\n"
         "def mine(c, k, s, w):\n    return nn.Sequential(nn.Conv2d(c, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
         "nn.Linear(2, k))\n"
     )
@@ -155,7 +157,7 @@ def a_plugin(tmp_path):
 
 def another_module_name(tmp_path):
     """A plug-in's module is called like one that this session has from elsewhere."""
-    part = "from fsl_sage.plugins import dataset\n\n\n@dataset('d_{0}')\n" \
+    part = "from fsl_sage import dataset\n\n\n@dataset('d_{0}')\n" \
            "def d(root):\n    return {{}}\n"  # fmt: skip
     (tmp_path / "asking.py").write_text("X = 1\n")  # the tests have one of this name
     import asking  # noqa: F401
@@ -198,7 +200,7 @@ def a_larger_picture(tmp_path):
 
 
 def a_picture_again(tmp_path):
-    from fsl_sage.report import read_picture
+    from fsl_sage.papers.report import read_picture
 
     figure = new_figure()[0]
     figure.savefig(tmp_path / "named.png")
@@ -328,7 +330,7 @@ def a_model_again(tmp_path):
     path.write_bytes(b"no model")
     refused("delete it, and train again with save=True", load_model, tmp_path, experiment.hash)
     path.unlink()
-    from fsl_sage.cli import main
+    from fsl_sage.commands.train import main
 
     words = [f"{key}={value}" for key, value in TINY.items()]
     before = os.environ.get("FSL_SAGE_RUNS")
@@ -529,7 +531,7 @@ def squares(tmp_path):
     def build(channels, classes, size, width):
         return nn.Sequential(nn.Conv2d(channels, 2, 3), nn.Flatten(), nn.Linear(2 * (size - 2) ** 2, classes))
 
-    plugins.split_model("squares_only", cut="0")(build)
+    plugins.network("squares_only", cut="0")(build)
     experiment = preset("smoke", "fed_avg", **TINY | PLAIN | {"model.name": "squares_only", "dataset.name": "wide"})
     data = arrays(40, 10)
     wide = {name: np.repeat(value, 2, axis=2) if name[0] == "x" else value for name, value in data.items()}
@@ -594,7 +596,7 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "start all with the same words": "test_remote.py::test_clients_that_are_asked_end_with_the_history",
     "to begin again, delete {}": "test_faults.py::test_where_nobody_is_left_the_run_stops_and_can_go_on",
     "{}: delete it, and the run begins anew": "test_hostile.py::test_a_checkpoint_that_no_client_can_follow_says_how",
-    "see fsl_sage.gate": BY_HAND + "another Flower than the pinned one",
+    "see machines.gate": BY_HAND + "another Flower than the pinned one",
     "set both by the network": BY_HAND + "clocks of two machines",
     "set the clocks of both machines by the network": BY_HAND + "clocks of two machines",
     "see --certificates": "test_gate.py::test_why_a_client_is_not_let_in",

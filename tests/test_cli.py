@@ -13,19 +13,22 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fsl_sage import reproduce, runs, runs_cli
-from fsl_sage.cli import explained, jobs_of, main
+from fsl_sage.commands import reproduce
+from fsl_sage.commands import runs as runs_cli
+from fsl_sage.commands.train import explained, jobs_of, main
 from fsl_sage.config import preset
-from fsl_sage.runs import RunStore, checkpoint_of, model_of
-from fsl_sage.split import resnet
+from fsl_sage.experiments import runs
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.store import checkpoint_of, model_of
+from fsl_sage.networks.zoo import resnet
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["preset=smoke", "rounds=1", "device=cpu"]
 PARTS = """
 from torch import nn
-from fsl_sage.plugins import split_model
+from fsl_sage import network
 
-@split_model("flat", cut="0")
+@network("flat", cut="0")
 def flat(in_channels, num_classes, image_size, width):
     pool = nn.AdaptiveAvgPool2d(2)
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), pool, nn.Flatten(), nn.Linear(16, num_classes))
@@ -46,7 +49,8 @@ def in_a_process(code_or_words, folder, **environment):
 
 
 def test_help_needs_no_torch(tmp_path):
-    code = "import sys\nfrom fsl_sage.cli import main\nassert main(['--help']) == 0\nassert 'torch' not in sys.modules"
+    code = "import sys\nfrom fsl_sage.commands.train import main\nassert main(['--help']) == 0\n"
+    code += "assert 'torch' not in sys.modules"
     done = in_a_process(["-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
     for word in ("algorithm=", "dataset.alpha", "comm_threshold_mb", "save", "export", "preset=quick"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsl_sage.config import preset
-from fsl_sage.runs import RunStore, read_all
+from fsl_sage.experiments.runs import RunStore, read_all
 
 ROOT = Path(__file__).parent.parent
 ALONE = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]  # a network with loopback only

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 import torchvision.models as zoo
 from torch import nn
 
-from fsl_sage.auxiliary import AlignmentBuffer, _plain_copy, align, auxiliary_for, true_cut_grad
 from fsl_sage.config import preset
 from fsl_sage.core import tensor_bytes
-from fsl_sage.split import Part, SplitModel, cut_layers
-from fsl_sage.training import train
+from fsl_sage.experiments.train import train
+from fsl_sage.networks.auxiliary import AlignmentBuffer, _plain_copy, align, auxiliary_for, true_cut_grad
+from fsl_sage.networks.cut import SplitModel, cut_layers
+from fsl_sage.networks.part import Part
 
 
 class Own(nn.Module):

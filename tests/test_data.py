@@ -22,24 +22,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from fsl_sage import data
 from fsl_sage.config import Experiment, from_dict, preset
 from fsl_sage.core import generator
-from fsl_sage.data import (
-    ClientData,
-    Images,
-    apply_augmentation,
-    augment,
-    class_balanced_part,
-    draw_augmentation,
-    draw_classes,
-    eval_batches,
-    labels_per_client,
-    load,
-    normalise,
-    partition,
-)
-from fsl_sage.training import prepare
+from fsl_sage.data import sources as data
+from fsl_sage.data.augment import apply_augmentation, augment, draw_augmentation, normalise
+from fsl_sage.data.batches import ClientData, eval_batches
+from fsl_sage.data.images import Images
+from fsl_sage.data.partition import draw_classes, labels_per_client, partition
+from fsl_sage.data.sources import class_balanced_part, load
+from fsl_sage.experiments.train import prepare
 
 some = settings(deadline=None, max_examples=60, derandomize=True)
 

@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = [path for folder in ("nbs", "nbs/tutorials", "figures") for path in sorted((ROOT / folder).glob("*.ipynb"))]
-MODULES = sorted({path.stem for path in (ROOT / "fsl_sage").glob("[a-z]*.py")})
+PACKAGE = ROOT / "fsl_sage"
+MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("[a-z]*.py"))
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
 
 
@@ -141,16 +142,17 @@ def test_search_finds_a_function_and_leads_to_it(site, served, window, how):
     window.goto(f"{site.as_uri() if how == 'file' else served}/nbs/00_core.html")
     window.locator("[data-md-component=search-query]").click()
     window.keyboard.type("estimate_cut_grad")
-    found = window.locator("a.md-search-result__link[href*='#fsl_sage.auxiliary.estimate_cut_grad']")
+    found = window.locator("a.md-search-result__link[href*='#fsl_sage.networks.auxiliary.estimate_cut_grad']")
     found.first.click()
     window.wait_for_url("**/api/auxiliary.html*")
-    heading = window.locator("[id='fsl_sage.auxiliary.estimate_cut_grad']")
+    heading = window.locator("[id='fsl_sage.networks.auxiliary.estimate_cut_grad']")
     assert heading.is_visible() and 0 <= heading.bounding_box()["y"] < 844
 
 
 def test_an_api_page_has_signature_table_and_source(site, window):
     window.goto((site / "api/auxiliary.html").as_uri())
-    part = window.locator(".doc-object", has=window.locator("[id='fsl_sage.auxiliary.estimate_cut_grad']")).last
+    own = window.locator("[id='fsl_sage.networks.auxiliary.estimate_cut_grad']")
+    part = window.locator(".doc-object", has=own).last
     assert "estimate_cut_grad" in part.locator("pre").first.inner_text()
     row = part.locator("tr", has=window.get_by_text(re.compile("^smashed$"))).first
     assert re.search(r"Tensor.*\(batch", row.inner_text(), re.S)
@@ -160,7 +162,10 @@ def test_an_api_page_has_signature_table_and_source(site, window):
     assert "def estimate_cut_grad" in source.locator("pre").last.inner_text()
 
 
-@pytest.mark.parametrize("page", ["index", "nbs/08_sglr", "gallery", "claims", "api/config", "figures/sage_alpha"])
+PAGES = ["index", "nbs/23_algorithms.sglr", "gallery", "claims", "api/config", "figures/sage_alpha"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_nothing_sticks_out_on_a_phone(site, window, page):
     window.set_viewport_size({"width": 390, "height": 844})
     window.goto((site / f"{page}.html").as_uri())
@@ -169,7 +174,7 @@ def test_nothing_sticks_out_on_a_phone(site, window, page):
 
 def test_dark_where_the_system_is(site, window):
     shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0) / 3"
-    page = (site / "nbs/07_sage.html").as_uri()
+    page = (site / "nbs/21_algorithms.sage.html").as_uri()
     window.goto(page)
     assert window.evaluate(shade) > 200
     window.emulate_media(color_scheme="dark")

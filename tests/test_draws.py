@@ -7,15 +7,15 @@ from asking import Clients, assert_same, small
 from conftest import stopped_after
 from torch import nn
 
-from fsl_sage import plugins
-from fsl_sage.baselines import init_fed_avg
+from fsl_sage import algorithm, network
+from fsl_sage.algorithms.base import Metrics, aggregate, each_client, whole_step
+from fsl_sage.algorithms.baselines import init_fed_avg
 from fsl_sage.config import PLUGGED, preset
-from fsl_sage.federation import Metrics, aggregate, each_client, whole_step
-from fsl_sage.flower import ask_clients
+from fsl_sage.experiments import plugins
+from fsl_sage.experiments.train import ALGORITHMS, client_data, prepare, train
 from fsl_sage.ledger import Ledger
-from fsl_sage.plugins import algorithm, split_model
-from fsl_sage.remote import WireLedger, play
-from fsl_sage.training import ALGORITHMS, client_data, prepare, train
+from fsl_sage.machines.flower import ask_clients
+from fsl_sage.machines.remote import WireLedger, play
 
 SMALL = {"dataset.max_train": 90, "dataset.max_test": 20, "dataset.val_size": 20, "dataset.distribution": "iid",
          "rounds": 2, "model.width": 4}  # fmt: skip
@@ -34,7 +34,7 @@ class NumpyNoise(nn.Module):
 
 
 def droppy(name, *layers, p=0.5, cut="1"):
-    @split_model(name, cut=cut)
+    @network(name, cut=cut)
     def build(channels, classes, size, width):
         lower = nn.Sequential(nn.Conv2d(channels, width, 3), nn.Dropout(p), nn.AdaptiveAvgPool2d(2), nn.Flatten())
         return nn.Sequential(*lower, *layers, nn.Dropout(p), nn.Linear(4 * width, classes))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fsl_sage.config import preset
 from fsl_sage.core import atomic_path
-from fsl_sage.training import ALGORITHMS, train, train_state
+from fsl_sage.experiments.train import ALGORITHMS, train, train_state
 
 TOGETHER = {"psl", "sfl", "sglr"}  # every step needs all clients at once
 SIDE_BY_SIDE = ["fed_avg", "sl_multi_server"]

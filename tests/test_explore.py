@@ -7,12 +7,13 @@ import pytest
 import torch
 import torchvision.models as zoo
 
-from fsl_sage.auxiliary import auxiliary_model
 from fsl_sage.config import preset
 from fsl_sage.core import held_memory, tensor_bytes
-from fsl_sage.explore import bytes_per_round, explore, plot_cuts
-from fsl_sage.split import SplitModel, split_model
-from fsl_sage.training import train
+from fsl_sage.experiments.train import train
+from fsl_sage.networks.auxiliary import auxiliary_model
+from fsl_sage.networks.cut import SplitModel
+from fsl_sage.networks.zoo import split_model
+from fsl_sage.papers.explore import bytes_per_round, explore, plot_cuts
 
 SMALL = {"num_clients": 2, "rounds": 2, "dataset.max_train": 104, "dataset.max_test": 10, "model.width": 4}
 OF_PAPER = {"fed_avg": {}, "sl_single_server": {}, "cse_fsl": {"algorithm.server_update_interval": 3}, "fsl_sage": {

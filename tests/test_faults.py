@@ -24,13 +24,14 @@ from asking import Clients, assert_same, small
 from double import double_precision
 from proxy import Proxy
 
-from fsl_sage import flower, training
-from fsl_sage.clock import Attendance
-from fsl_sage.federation import asked_clients
-from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients
-from fsl_sage.remote import MessageError, decode, encode
-from fsl_sage.runs import RunStore
-from fsl_sage.training import DivergedError, train
+from fsl_sage.algorithms.participation import asked_clients
+from fsl_sage.costs.clock import Attendance
+from fsl_sage.experiments import train as training
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.train import DivergedError, train
+from fsl_sage.machines import flower
+from fsl_sage.machines.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients
+from fsl_sage.machines.messages import MessageError, decode, encode
 
 STEPS = {"name": "step", "step_size": 1, "gamma": 0.5}
 THREE = {"num_clients": 3, "rounds": 4, "dataset.max_train": 90, "model.client.optimizer.scheduler": STEPS}

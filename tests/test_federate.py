@@ -18,14 +18,15 @@ import psutil
 import pytest
 from test_gate import STRANGE, ask, flwr
 
-from fsl_sage import federate, flower
+from fsl_sage.commands import federate
+from fsl_sage.commands.federate import Federation, Processes, federation, follow, main, run_config
 from fsl_sage.config import preset
-from fsl_sage.federate import Federation, Processes, federation, follow, main, run_config
-from fsl_sage.flower import own_data
-from fsl_sage.gate import NoGate, Refused
-from fsl_sage.runs import RunStore
-from fsl_sage.shares import read_share, write_shares
-from fsl_sage.training import train
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.train import train
+from fsl_sage.machines import flower
+from fsl_sage.machines.flower import own_data
+from fsl_sage.machines.gate import NoGate, Refused
+from fsl_sage.machines.shares import read_share, write_shares
 
 SMALL = {"num_clients": 2, "rounds": 2, "dataset.max_train": 60, "dataset.max_test": 20, "model.width": 8}
 SMALL |= {"model.client.batch_size": 16, "algorithm.align_epochs": 2, "algorithm.align_interval": 2}
@@ -320,7 +321,7 @@ def inheriting(variable):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_command_leaves_no_process_behind(how, tmp_path):
     mark = f"TEST_{uuid4().hex}"
-    words = [sys.executable, "-c", "import sys; from fsl_sage.federate import main; sys.exit(main())", "local"]
+    words = [sys.executable, "-c", "import sys; from fsl_sage.commands.federate import main; sys.exit(main())", "local"]
     here = os.environ | {mark: "1", "TMPDIR": str(tmp_path)}
     command = subprocess.Popen(words, env=here, stderr=subprocess.PIPE, start_new_session=True)
     until = time.monotonic() + 600

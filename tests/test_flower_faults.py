@@ -10,10 +10,10 @@ from asking import small
 from proxy import Proxy
 from test_faults import assert_simulated
 
-from fsl_sage.runs import RunStore
+from fsl_sage.experiments.runs import RunStore
 
 pytest.importorskip("flwr", reason="no flwr (the extra `distributed`): faults are tested without its processes")
-federate = pytest.importorskip("fsl_sage.federate", reason="no fsl_sage.federate, which starts Flower's processes")
+federate = pytest.importorskip("fsl_sage.commands.federate", reason="no module that starts Flower's processes")
 
 SECONDS = 150  # that the server waits for an answer: each one starts a process, which takes a busy machine long
 NODE = {"device": "cpu"}

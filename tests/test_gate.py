@@ -17,13 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fsl_sage import certificates, gate
-from fsl_sage.certificates import make_certificates
-from fsl_sage.gate import CLIENTS, KEY, REGISTER, NoGate, Refused, knock, own_key, signature
-from fsl_sage.processes import Processes, listening
+from fsl_sage.machines import certificates, gate
+from fsl_sage.machines.certificates import make_certificates
+from fsl_sage.machines.gate import CLIENTS, KEY, REGISTER, NoGate, Refused, knock, own_key, signature
+from fsl_sage.machines.processes import Processes, listening
 
 pytest.importorskip("cryptography", reason="cryptography is missing: it comes with Flower")
-federate = pytest.importorskip("fsl_sage.federate")
+federate = pytest.importorskip("fsl_sage.commands.federate")
 needs_flower = pytest.mark.skipif(
     not find_spec("flwr"), reason="Flower is missing: pip install 'fsl_sage[distributed]'"
 )
@@ -131,7 +131,7 @@ def test_another_user_of_this_machine_is_a_stranger(path, unlocked):
 
 ASKS = """if True:
     import http.client, sys
-    from fsl_sage.gate import knock
+    from fsl_sage.machines.gate import knock
     print(knock(sys.argv[1]))
 """
 

@@ -15,9 +15,11 @@ import pandas as pd
 import psutil
 import pytest
 
-from fsl_sage.comparison import headline_run
-from fsl_sage.runs import RunStore, checkpoint_of, provenance, read_all
-from fsl_sage.training import Callback, train, train_state
+from fsl_sage.experiments.provenance import provenance
+from fsl_sage.experiments.runs import RunStore, read_all
+from fsl_sage.experiments.store import checkpoint_of
+from fsl_sage.experiments.train import Callback, train, train_state
+from fsl_sage.papers.comparison import headline_run
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "benchmarks" / "gpu_visit.py"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fsl_sage.reproduce import plan, planned
+from fsl_sage.commands.reproduce import plan, planned
 
 ROOT = Path(__file__).parent.parent
 HASHES = json.loads((Path(__file__).parent / "hashes.json").read_text())

@@ -12,14 +12,25 @@ import torch
 from asking import Clients, assert_same, small
 from test_faults import THREE, assert_simulated
 
-from fsl_sage import flower, remote
-from fsl_sage.checkpoint import CheckpointError, Progress, save_checkpoint
-from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, account, answer, ask_clients, registered, within
+from fsl_sage.experiments.checkpoint import CheckpointError, Progress, save_checkpoint
+from fsl_sage.experiments.runs import RunStore, read_all
+from fsl_sage.experiments.train import ALGORITHMS, DivergedError, set_up, train
 from fsl_sage.ledger import Ledger
-from fsl_sage.remote import MessageError, Outline, decode, due_bytes, encode
-from fsl_sage.runs import RunStore, read_all
-from fsl_sage.shares import write_shares
-from fsl_sage.training import ALGORITHMS, DivergedError, set_up, train
+from fsl_sage.machines import flower, remote
+from fsl_sage.machines.flower import (
+    ONE_EXCHANGE,
+    GridExchange,
+    Question,
+    account,
+    answer,
+    ask_clients,
+    registered,
+    within,
+)
+from fsl_sage.machines.messages import MessageError, decode, encode
+from fsl_sage.machines.placed import Outline
+from fsl_sage.machines.remote import due_bytes
+from fsl_sage.machines.shares import write_shares
 
 SHORT = THREE | {"rounds": 2}
 

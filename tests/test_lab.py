@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from fsl_sage.reproduce import this_python_as_kernel
+from fsl_sage.commands.reproduce import this_python_as_kernel
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS, RUN_SECONDS, REDRAW_SECONDS = 180, 900, 120  # on two slow cores, and they are shared

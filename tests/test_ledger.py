@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fsl_sage.claims import COUNTED, KEY, OWNERS, VERSUS, compare, gather, published, settings_tested, values_of
+from fsl_sage.papers.claims import COUNTED, KEY, OWNERS, VERSUS, compare, gather, published, settings_tested, values_of
 
 GALLERY = Path(__file__).parent.parent / "figures" / "gallery"
 

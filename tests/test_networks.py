@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsl_sage import plugins
-from fsl_sage.auxiliary import AUXILIARIES, auxiliary_model, estimate_cut_grad, true_cut_grad
+from fsl_sage.algorithms.state import FixedData, init_parts
 from fsl_sage.config import PLUGGED, preset
-from fsl_sage.federation import FixedData, init_parts
-from fsl_sage.plugins import split_model as split_model_of
-from fsl_sage.split import MODELS, BasicBlock, Padding, Part, resnet, split_model
-from fsl_sage.training import ALGORITHMS, set_up, train, train_state
+from fsl_sage.experiments import plugins
+from fsl_sage.experiments.train import ALGORITHMS, set_up, train, train_state
+from fsl_sage.networks.auxiliary import AUXILIARIES, auxiliary_model, estimate_cut_grad, true_cut_grad
+from fsl_sage.networks.part import Part
+from fsl_sage.networks.zoo import MODELS, BasicBlock, Padding, resnet, split_model
 
 SMASHED = {
     "resnet18": (128, 28, 28), "resnet50": (512, 28, 28), "resnet152": (512, 28, 28),
@@ -138,7 +138,7 @@ def network():
 
     def add(build, cut="0"):
         names.append(f"own{len(names)}")
-        split_model_of(names[-1], cut=cut)(build)
+        plugins.network(names[-1], cut=cut)(build)
         return names[-1]
 
     yield add

@@ -123,8 +123,9 @@ def test_version_and_licence_are_the_same_everywhere(settings):
 
 
 def test_package_imports_without_nbdev_and_jupyter():
-    modules = [f"fsl_sage.{path.stem}" for path in (ROOT / "fsl_sage").glob("[a-z]*.py")]
-    assert "fsl_sage.training" in modules
+    package = ROOT / "fsl_sage"
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in package.rglob("[a-z]*.py")]
+    assert "fsl_sage.experiments.train" in modules
     forbid = f"import sys; sys.modules.update(dict.fromkeys({ONLY_FOR_NOTEBOOKS!r}))"  # None there: ImportError
     code = f"{forbid}\nimport importlib\nfor name in {modules!r}: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -139,9 +140,10 @@ def test_package_is_what_the_notebooks_export(tmp_path):
         shutil.copy(ROOT / "fsl_sage" / by_hand, tmp_path / "fsl_sage")
     done = subprocess.run([BIN / "nbdev_export"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    exported, ours = ({path.name for path in (root / "fsl_sage").glob("*.py")} for root in (tmp_path, ROOT))
+    packages = tmp_path / "fsl_sage", ROOT / "fsl_sage"
+    exported, ours = ({path.relative_to(package).as_posix() for path in package.rglob("*.py")} for package in packages)
     assert exported == ours
-    _, differ, errors = filecmp.cmpfiles(tmp_path / "fsl_sage", ROOT / "fsl_sage", exported, shallow=False)
+    _, differ, errors = filecmp.cmpfiles(*packages, exported, shallow=False)
     assert not differ + errors, "run nbdev_export"
 
 

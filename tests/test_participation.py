@@ -6,16 +6,27 @@ import pytest
 import torch
 from conftest import stopped_after
 
-from fsl_sage.baselines import BASELINES
-from fsl_sage.cli import comparison, help_text, jobs_of
-from fsl_sage.clock import Costs, Speed, attendances, attended_seconds, costs_of, latency, simulated_seconds, speeds
+from fsl_sage.algorithms.base import Metrics
+from fsl_sage.algorithms.baselines import BASELINES
+from fsl_sage.algorithms.fleet import part_tensors
+from fsl_sage.algorithms.participation import asked_clients, take_part
+from fsl_sage.algorithms.state import FixedData, State
+from fsl_sage.commands.train import comparison, help_text, jobs_of
 from fsl_sage.config import ALGORITHM_FIELDS, PRESETS, ClockConfig, Experiment, preset
 from fsl_sage.core import tensor_bytes, weighted_average
-from fsl_sage.federation import FixedData, Metrics, State, asked_clients, take_part
-from fsl_sage.fleet import part_tensors
+from fsl_sage.costs.clock import (
+    Costs,
+    Speed,
+    attendances,
+    attended_seconds,
+    costs_of,
+    latency,
+    simulated_seconds,
+    speeds,
+)
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.train import ALGORITHMS, register_of, set_up, train, train_state
 from fsl_sage.ledger import Ledger
-from fsl_sage.runs import RunStore
-from fsl_sage.training import ALGORITHMS, register_of, set_up, train, train_state
 
 FEDERATED = sorted(set(ALGORITHMS) - {"centralised"})
 SIZES = (6, 9, 4, 12)
@@ -113,8 +124,8 @@ def test_who_comes_back_begins_with_the_newest_average(monkeypatch):
         sent.update({i: copy(i) for i in state.present})
         aggregate(*args, **groups)
 
-    monkeypatch.setattr("fsl_sage.baselines.whole_step", note_first_step)
-    monkeypatch.setattr("fsl_sage.baselines.aggregate", note_upload)
+    monkeypatch.setattr("fsl_sage.algorithms.baselines.whole_step", note_first_step)
+    monkeypatch.setattr("fsl_sage.algorithms.baselines.aggregate", note_upload)
     attend(state, [1, 2], 0, ledger)
     mean = weighted_average([sent[1], sent[2]], [0.75, 0.25])
     attend(state, [0, 2], 1, ledger)

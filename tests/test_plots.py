@@ -12,9 +12,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
-from fsl_sage.data import plot_labels_per_client
-from fsl_sage.explore import LABELS, plot_cuts
-from fsl_sage.plots import (
+from fsl_sage.data.partition import plot_labels_per_client
+from fsl_sage.papers.explore import LABELS, plot_cuts
+from fsl_sage.papers.plots import (
     COLUMN,
     DPI,
     FAMILY_MARKERS,
@@ -34,7 +34,7 @@ from fsl_sage.plots import (
     spread_words,
     stamp,
     sticks_out,
-)  # fmt: skip
+)
 
 GALLERY = sorted((Path(__file__).parent.parent / "figures" / "gallery").glob("*.png"))
 WORDS = {"alt": "Made-up curves.", "about": {}, "preset": "quick"}

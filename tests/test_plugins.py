@@ -13,23 +13,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fsl_sage import cli, digests, plugins, runs_cli
+from fsl_sage.commands import runs as runs_cli
+from fsl_sage.commands import train as cli
+from fsl_sage.commands.runs import list_runs, prunable
 from fsl_sage.config import PLUGGED, SESSION, MissingPluginError, preset
-from fsl_sage.data import load
-from fsl_sage.digests import data_digest
-from fsl_sage.loggers import TensorBoard, WandB
-from fsl_sage.plugins import PluginError, load_plugins
-from fsl_sage.runs import TABLES, RunStore
-from fsl_sage.runs_cli import list_runs, prunable
-from fsl_sage.split import MODELS
-from fsl_sage.training import ALGORITHMS, Callback, train
+from fsl_sage.data.sources import load
+from fsl_sage.experiments import digests, plugins
+from fsl_sage.experiments.digests import data_digest
+from fsl_sage.experiments.loggers import TensorBoard, WandB
+from fsl_sage.experiments.plugins import PluginError, load_plugins
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.store import TABLES
+from fsl_sage.experiments.train import ALGORITHMS, Callback, train
+from fsl_sage.networks.zoo import MODELS
 
 ROOT = Path(__file__).parent.parent
 FLAT = """
 from torch import nn
-from fsl_sage.plugins import split_model
+from fsl_sage import network
 
-@split_model("flat", cut="0")
+@network("flat", cut="0")
 def flat(in_channels, num_classes, image_size, width):
     pool = nn.AdaptiveAvgPool2d(2)
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3), pool, nn.Flatten(), nn.Linear(16, num_classes))
@@ -90,10 +93,10 @@ def test_without_plugins_nothing_is_said_of_them():
         (FLAT.replace('"flat"', '"a b"'), "plain name"),
         (FLAT.replace("image_size, width)", "image_size)"), "width"),
         (FLAT + FLAT, "line 13"),
-        ("from fsl_sage.plugins import dataset\n@dataset('d')\ndef d(): pass", "line 2"),
-        ("from fsl_sage.plugins import algorithm\n@algorithm('a', uses=['alpha'])\ndef a(s, r, l): pass", "uses"),
-        ("from fsl_sage.plugins import algorithm\n@algorithm('a')\ndef a(state): pass", "(state, rnd, ledger)"),
-        ("from fsl_sage.plugins import auxiliary\n@auxiliary('resnet18')\ndef a(split): pass", "resnet18/default"),
+        ("from fsl_sage import dataset\n@dataset('d')\ndef d(): pass", "line 2"),
+        ("from fsl_sage import algorithm\n@algorithm('a', uses=['alpha'])\ndef a(s, r, l): pass", "uses"),
+        ("from fsl_sage import algorithm\n@algorithm('a')\ndef a(state): pass", "(state, rnd, ledger)"),
+        ("from fsl_sage import auxiliary\n@auxiliary('resnet18')\ndef a(split): pass", "resnet18/default"),
         ("1 / 0", "line 1: ZeroDivisionError"),
     ],
 )
@@ -111,7 +114,7 @@ def test_another_file_may_not_take_the_name(file):
 
 
 def test_a_data_set_must_be_arrays(file):
-    text = "from fsl_sage.plugins import dataset\n@dataset('odd')\ndef odd(root): return {'x_train': 1}"
+    text = "from fsl_sage import dataset\n@dataset('odd')\ndef odd(root): return {'x_train': 1}"
     load_plugins([file(text)])
     with pytest.raises(ValueError, match="x_train, y_train, x_test, y_test"):
         load("odd")
@@ -132,7 +135,7 @@ def test_an_experiment_takes_its_plugins_along(file, tmp_path):
 
 
 def test_parts_of_a_session_are_trained_in_it(tmp_path):
-    source = "from fsl_sage.plugins import algorithm\n@algorithm('same')\ndef same(s, r, l): return ROUND(s, r, l)"
+    source = "from fsl_sage import algorithm\n@algorithm('same')\ndef same(s, r, l): return ROUND(s, r, l)"
     exec(source, {"ROUND": ALGORITHMS["sl_single_server"].run_round})
     experiments = [small("simple_conv", "same").replace(seed=seed) for seed in (1, 2)]
     assert experiments[0].plugins[0].startswith(SESSION)
@@ -153,9 +156,9 @@ def test_installed_packages_offer_parts_by_entry_points(tmp_path, monkeypatch):
 HELPED = """
 from helper import channels
 from torch import nn
-from fsl_sage.plugins import split_model
+from fsl_sage import network
 
-@split_model("flat", cut="0")
+@network("flat", cut="0")
 def flat(in_channels, num_classes, image_size, width):
     import later
     pool = nn.AdaptiveAvgPool2d(2)
@@ -218,7 +221,7 @@ def test_a_plugin_of_the_same_name_has_its_own_modules(file, helped, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "helper.py").write_text("channels = 7\n")
-    (other / "b.py").write_text("import helper\nfrom fsl_sage.plugins import algorithm\n"
+    (other / "b.py").write_text("import helper\nfrom fsl_sage import algorithm\n"
                                 "algorithm(f'a{helper.channels}')(lambda state, rnd, ledger: None)\n")  # fmt: skip
     load_plugins([other / "b.py"])
     assert "a7" in ALGORITHMS
@@ -347,12 +350,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fsl_sage.plugins import split_model
+from fsl_sage import network
 
 HERE = Path(__file__).parent
 {0}
 
-@split_model("begun", cut="0")
+@network("begun", cut="0")
 def begun(in_channels, num_classes, image_size, width):
     net = nn.Sequential(nn.Conv2d(in_channels, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, num_classes))
     nn.init.constant_(net[0].weight, {1})

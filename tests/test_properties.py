@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fsl_sage.auxiliary import AlignmentBuffer, estimate_cut_grad
+from fsl_sage.algorithms.sage import SageState
+from fsl_sage.algorithms.state import FixedData, State
 from fsl_sage.config import Experiment, preset
 from fsl_sage.core import tensor_bytes, weighted_average
-from fsl_sage.federation import FixedData, State
+from fsl_sage.experiments.train import ALGORITHMS, train
 from fsl_sage.ledger import Ledger
-from fsl_sage.sage import SageState
-from fsl_sage.split import Part, server_step, split_model
-from fsl_sage.training import ALGORITHMS, train
+from fsl_sage.networks.auxiliary import AlignmentBuffer, estimate_cut_grad
+from fsl_sage.networks.part import Part, server_step
+from fsl_sage.networks.zoo import split_model
 
 SMALL = {"model.name": "simple_conv", "model.width": 4, "model.client.batch_size": 4}
 
@@ -238,6 +239,6 @@ def test_evaluation_and_looking_do_not_change_a_run(monkeypatch):
     """The quality of the estimates is measured beside the run: without it the run is the same."""
     reference = train(preset("smoke"), "cpu", progress=False)
     nothing = torch.tensor(0.0), torch.tensor(0.0)
-    monkeypatch.setattr("fsl_sage.sage.look_at_estimate", lambda *_: nothing)
+    monkeypatch.setattr("fsl_sage.algorithms.sage.look_at_estimate", lambda *_: nothing)
     blind = train(preset("smoke"), "cpu", progress=False)
     assert reference.rounds.equals(blind.rounds) and not reference.alignments.equals(blind.alignments)

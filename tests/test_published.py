@@ -7,10 +7,19 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from fsl_sage import runs
-from fsl_sage.estimate import BUNDLES
-from fsl_sage.reproduce import check_preset, claim_seeds, claimed, figure_notebooks, main, plan, planned, train_planned
-from fsl_sage.runs import RunStore
+from fsl_sage.commands.reproduce import (
+    check_preset,
+    claim_seeds,
+    claimed,
+    figure_notebooks,
+    main,
+    plan,
+    planned,
+    train_planned,
+)
+from fsl_sage.costs.estimate import BUNDLES
+from fsl_sage.experiments import runs
+from fsl_sage.experiments.runs import RunStore
 
 FIGURES = Path(__file__).parent.parent / "figures"
 SOURCES = {
@@ -20,9 +29,9 @@ SOURCES = {
         'tiny = {"rounds": 1, "dataset.max_train": 60, "dataset.max_test": 20, "num_clients": 2}\n'
         'experiments = [of(preset, name, **tiny) for name in ("fed_avg", "cse_fsl")]'
     ),
-    "partly": "from fsl_sage.runs import RunStore\nstore = RunStore()\n"
+    "partly": "from fsl_sage.experiments.runs import RunStore\nstore = RunStore()\n"
     "experiments = experiments if train else store.stored(experiments)",
-    "draw": "from pathlib import Path\nfrom fsl_sage.runs import RunStore\n"
+    "draw": "from pathlib import Path\nfrom fsl_sage.experiments.runs import RunStore\n"
     "store, folder = RunStore(), Path(gallery)\n"
     '(folder / NAME).write_text(str(len(store.get(experiments, "cpu", progress=False))))',
 }

@@ -12,9 +12,9 @@ import pytest
 from double import double_precision
 
 from fsl_sage.config import preset
-from fsl_sage.remote import check_remote
-from fsl_sage.runs import RunStore
-from fsl_sage.training import ALGORITHMS, train
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.train import ALGORITHMS, train
+from fsl_sage.machines.remote import check_remote
 
 SMALL = {"num_clients": 2, "rounds": 2, "dataset.max_train": 100, "dataset.max_test": 20, "dataset.val_size": 20}
 SMALL |= {"dataset.distribution": "noniid_dirichlet", "model.width": 8, "model.client.batch_size": 16}

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fsl_sage.cli import main
+from fsl_sage.commands.train import main
 from fsl_sage.config import ALGORITHM_FIELDS, PLUGGED
-from fsl_sage.data import DISTRIBUTIONS, KNOWN
-from fsl_sage.split import MODELS
+from fsl_sage.data.partition import DISTRIBUTIONS
+from fsl_sage.data.sources import KNOWN
+from fsl_sage.networks.zoo import MODELS
 
 ROOT = Path(__file__).parent.parent
 OWN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
@@ -71,7 +72,7 @@ def test_what_there_is_is_listed():
 PROMISES = {  # words of README → what holds them
     "come out to a relative 1e-7 or better": "tests/test_traces.py::test_trace",
     "The released code's totals at the headline settings": "tests/test_properties.py::test_published_bytes",
-    "the published 2.613, 40.078 and 8.029 MiB": "nbs/03_split.ipynb::== 2.613",
+    "the published 2.613, 40.078 and 8.029 MiB": "nbs/09_networks.cut.ipynb::== 2.613",
     "SGLR's Table 6 follows from the ledger": "tests/test_sglr.py::test_ledger_is_table_6",
     "**Same seed, same history**": "tests/test_properties.py::test_same_seed_same_history",
     "also when a run is killed and resumed": "tests/test_runs.py::test_killed_ten_times_the_history_is_the_same",

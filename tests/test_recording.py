@@ -8,8 +8,8 @@ import torch
 from test_engine import assert_same, tiny
 from torch import nn
 
-from fsl_sage.recording import Pretended, recording
-from fsl_sage.training import ALGORITHMS, train
+from fsl_sage.experiments.train import ALGORITHMS, train
+from fsl_sage.networks.recording import Pretended, recording
 
 SGD = {"name": "sgd", "lr": 0.01, "momentum": 0.9, "scheduler": {"name": "cyclic", "step_size": 2}}
 CASES = {name: (name, {}, {}) for name in ALGORITHMS} | {
@@ -55,8 +55,8 @@ def test_a_recorded_run_is_the_same_run(case):
 
 
 def test_parts_that_draw_are_done_as_they_stand():
-    from fsl_sage.federation import make_part
-    from fsl_sage.split import Draws
+    from fsl_sage.algorithms.state import make_part
+    from fsl_sage.networks.part import Draws
 
     config = tiny("fed_avg").model.client.optimizer
     with recording(Pretended):

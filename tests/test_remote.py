@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fsl_sage.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients, opened
-from fsl_sage.plugins import forget, load_plugins
-from fsl_sage.remote import MessageError, check, check_numbers, decode, encode
-from fsl_sage.training import train
+from fsl_sage.experiments.plugins import forget, load_plugins
+from fsl_sage.experiments.train import train
+from fsl_sage.machines.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients, opened
+from fsl_sage.machines.messages import MessageError, check, check_numbers, decode, encode
 
 TENSORS = {"smashed.": torch.arange(6.0).view(2, 3), "labels.": torch.tensor([1, 2]), "scale.": torch.tensor(1.0)}
 MESSAGE = encode(TENSORS, {"round": 3})
@@ -146,7 +146,7 @@ def test_flower_apps_talk_in_one_process(tmp_path, monkeypatch):
     from flwr.app import Context, RecordDict
     from flwr.common.serde import message_from_proto, message_to_proto
 
-    from fsl_sage.flower import client_app
+    from fsl_sage.machines.flower import client_app
 
     experiment, app = small("fsl_sage"), client_app()
     run = {"experiment": json.dumps(experiment.to_dict())}
@@ -181,10 +181,10 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fsl_sage.plugins import split_model
+from fsl_sage import network
 
 
-@split_model("pooled", cut="relu")
+@network("pooled", cut="relu")
 def pooled(in_channels, num_classes, image_size, width):
     layers = {"conv": nn.Conv2d(in_channels, 16, 3), "norm": nn.BatchNorm2d(16), "relu": nn.ReLU()}
     layers |= {"pool": nn.AvgPool2d(3, 1), "norm2": nn.BatchNorm2d(16), "mean": nn.AdaptiveAvgPool2d(5)}
@@ -195,8 +195,8 @@ LOOKS = """class Looks(nn.ReLU):
         return super().forward(x if x.sum().item() < 1e9 else -x)
 
 
-@split_model("looking", """
-LOOKING = POOLED.replace("nn.ReLU()", "Looks()").replace('@split_model("pooled", ', LOOKS)
+@network("looking", """
+LOOKING = POOLED.replace("nn.ReLU()", "Looks()").replace('@network("pooled", ', LOOKS)
 
 
 @pytest.mark.parametrize(("name", "content"), [("pooled", POOLED), ("looking", LOOKING)])

@@ -14,10 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fsl_sage.claims import VERDICTS, VERSUS, compare, published
-from fsl_sage.plots import save_figure
-from fsl_sage.report import build_report, mathml, render
-from fsl_sage.runs import about_here
+from fsl_sage.experiments.provenance import about_here
+from fsl_sage.papers.claims import VERDICTS, VERSUS, compare, published
+from fsl_sage.papers.plots import save_figure
+from fsl_sage.papers.report import build_report, mathml, render
 
 NOTEBOOKS = Path(__file__).parent.parent / "figures"
 HOSTILE = """# <img src=x onerror="alert(1)"> & </article>

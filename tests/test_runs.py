@@ -19,14 +19,18 @@ import pytest
 import torch
 
 import fsl_sage
-from fsl_sage import cli, runs, runs_cli, training
-from fsl_sage.checkpoint import CheckpointError, load_beside
+from fsl_sage.commands import runs as runs_cli
+from fsl_sage.commands import train as cli
+from fsl_sage.commands.runs import import_runs, list_runs, prune
 from fsl_sage.config import preset
-from fsl_sage.loggers import TensorBoard, WandB
-from fsl_sage.models import KeepModel, load_model
-from fsl_sage.runs import TABLES, RunStore, StoreError, checkpoint_of, model_of, tidy
-from fsl_sage.runs_cli import import_runs, list_runs, prune
-from fsl_sage.training import Callback, CallbackError, History, train, train_state
+from fsl_sage.experiments import runs
+from fsl_sage.experiments import train as training
+from fsl_sage.experiments.checkpoint import CheckpointError, load_beside
+from fsl_sage.experiments.loggers import TensorBoard, WandB
+from fsl_sage.experiments.models import KeepModel, load_model
+from fsl_sage.experiments.runs import RunStore, tidy
+from fsl_sage.experiments.store import TABLES, StoreError, checkpoint_of, model_of
+from fsl_sage.experiments.train import Callback, CallbackError, History, train, train_state
 
 EXPERIMENT = preset("smoke", "fed_avg")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
@@ -829,8 +833,8 @@ def sessions_in(folder):
 ENDED = """
 import os, signal, sys
 from fsl_sage.config import preset
-from fsl_sage.loggers import WandB
-from fsl_sage.training import Callback, train_state
+from fsl_sage.experiments.loggers import WandB
+from fsl_sage.experiments.train import Callback, train_state
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background work ignores it
 changes, folder, how = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -921,8 +925,8 @@ def test_loggers_keep_runs_of_other_data_apart(tmp_path):
 
 KILLED = """
 import os, signal
-from fsl_sage.baselines import fed_avg_round, init_fed_avg
-from fsl_sage.plugins import algorithm
+from fsl_sage.algorithms.baselines import fed_avg_round, init_fed_avg
+from fsl_sage import algorithm
 
 
 def init(experiment, data, ledger):

@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import read_trace
 
-from fsl_sage import clock, leakage, training, watch
 from fsl_sage.config import preset
 from fsl_sage.core import arithmetic
-from fsl_sage.oracle import replay
-from fsl_sage.training import Callback, set_up, train, train_state
+from fsl_sage.costs import clock
+from fsl_sage.experiments import train as training
+from fsl_sage.experiments.train import Callback, set_up, train, train_state
+from fsl_sage.papers import leakage, watch
+from fsl_sage.papers.oracle import replay
 
 TINY = {
     "rounds": 1, "model.name": "simple_conv", "model.client.batch_size": 8, "num_clients": 2, "dataset.max_train": 32,

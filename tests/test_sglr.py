@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from conftest import read_trace
 from torch import nn
 
-from fsl_sage import plugins
+from fsl_sage.algorithms.sglr import MIXES, ManyHeads, active_clients, fraction_now, n_active
+from fsl_sage.algorithms.state import FixedData, State
 from fsl_sage.config import MIXING_MODES, AlgorithmConfig, Experiment, SchedulerConfig, preset
 from fsl_sage.core import generator, tensor_bytes, weighted_average
-from fsl_sage.federation import FixedData, State
+from fsl_sage.experiments import plugins
+from fsl_sage.experiments.train import ALGORITHMS, evaluate_mean, prepare, selected, train
 from fsl_sage.ledger import Ledger, table6_bytes, table6_seconds
-from fsl_sage.oracle import replay
-from fsl_sage.sglr import MIXES, ManyHeads, active_clients, fraction_now, n_active
-from fsl_sage.split import LOSSES, Part, split_model
-from fsl_sage.training import ALGORITHMS, evaluate_mean, prepare, selected, train
+from fsl_sage.networks.part import LOSSES, Part
+from fsl_sage.networks.zoo import split_model
+from fsl_sage.papers.oracle import replay
 
 SMALL = {"model.name": "resnet16", "model.width": 8, "model.client.batch_size": 4}
 
@@ -459,7 +460,7 @@ def test_a_network_that_needs_the_usual_layout_can_be_widened():
         return nn.Sequential(OrderedDict(layers | {"flat": nn.Flatten(), "fc": nn.Linear(4, num_classes)}))
 
     try:
-        plugins.split_model("viewed", cut="conv")(build)
+        plugins.network("viewed", cut="conv")(build)
         state = run("sglr", 1, model="viewed", mixing_mode="concat_channels")
         assert isinstance(state.servers[0].model, ManyHeads) and not state.fast
     finally:

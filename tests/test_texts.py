@@ -8,8 +8,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from fsl_sage.claims import all_published
-from fsl_sage.texts import BLOCK, TEXTS, Gallery, render_texts, rendered
+from fsl_sage.papers.claims import all_published
+from fsl_sage.papers.texts import BLOCK, TEXTS, Gallery, render_texts, rendered
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for pattern in TEXTS for path in sorted(ROOT.glob(pattern))]

@@ -3,7 +3,7 @@
 import pytest
 from conftest import TRACES, read_trace
 
-from fsl_sage.oracle import deviations, replay
+from fsl_sage.papers.oracle import deviations, replay
 
 TOLERANCE = 1e-7
 

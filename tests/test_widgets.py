@@ -8,7 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
 
-from fsl_sage.widgets import Choice, play, sliders, when_watched
+from fsl_sage.papers.widgets import Choice, play, sliders, when_watched
 
 drawn = []
 

@@ -15,8 +15,8 @@ from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
 
-from fsl_sage.report import PAPERS, by_paper, mathml, measured, number, read_figures
-from fsl_sage.texts import Gallery, cost_table, costs
+from fsl_sage.papers.report import PAPERS, by_paper, mathml, measured, number, read_figures
+from fsl_sage.papers.texts import Gallery, cost_table, costs
 
 ROOT = Path(__file__).resolve().parents[2]
 GALLERY = ROOT / "figures" / "gallery"
@@ -224,7 +224,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 MODULES = {
-    re.search(r"^#\| *default_exp (\w+)", cell.source)[1]: path
+    re.search(r"^#\| *default_exp ([\w.]+)", cell.source)[1]: path
     for path in LIBRARY
     for cell in nbformat.read(path, 4).cells
     if cell.source.startswith("#| default_exp")
