@@ -114,12 +114,12 @@ else with preset=quick on the embedded data, and says so. Exit status: 0 done, 1
 
 def help_text() -> str:
     "What `fsl-sage --help` prints, without importing PyTorch."
-    choices = {"dataset": _keys("data", "KNOWN"), "model": _keys("split", "MODELS")}
+    choices = {"dataset": _keys("data.sources", "KNOWN"), "model": _keys("networks.zoo", "MODELS")}
     choices["algorithm"] = _keys("config", "ALGORITHM_FIELDS")
     rows = [(f"{group}=", "", ", ".join(names)) for group, names in choices.items()]
     names_of_groups = {f"{group}.name" for group in GROUPS}
     fields_of = [row for row in explained("config", "Experiment") if row[0] not in names_of_groups]
-    blocks = {"What": rows, "How": explained("cli", "Options"), "Fields and their defaults": fields_of}
+    blocks = {"What": rows, "How": explained("commands.train", "Options"), "Fields and their defaults": fields_of}
 
     def block(title: str, rows: Sequence[tuple[str, str, str]]) -> str:
         wide, deep = (max(len(row[i]) for row in rows) for i in (0, 1))
