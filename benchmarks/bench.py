@@ -27,17 +27,17 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.base import Metrics
 from fsl_sage.algorithms.fleet import clients_in_flight
+from fsl_sage.algorithms.record import label
 from fsl_sage.algorithms.state import State
 from fsl_sage.config import PRECISIONS, Experiment, preset
 from fsl_sage.core import arithmetic, atomic_path, choose_device
-from fsl_sage.costs.clock import CountFlops
+from fsl_sage.costs.table import CountFlops
 from fsl_sage.data.batches import ClientData
 from fsl_sage.data.images import Images
 from fsl_sage.experiments.provenance import provenance
-from fsl_sage.experiments.runs import label
-from fsl_sage.experiments.train import ALGORITHMS
 from fsl_sage.ledger import Ledger
 from fsl_sage.networks.auxiliary import estimate_cut_grad, true_cut_grad
 from fsl_sage.networks.part import Part

@@ -143,8 +143,9 @@ def step_smoke(args: argparse.Namespace) -> None:
     """Every algorithm, here and on the CPU: equal bytes, nearly equal losses; twice; resumed; other precisions."""
     import torch
 
+    from fsl_sage.algorithms.all import ALGORITHMS
     from fsl_sage.config import preset
-    from fsl_sage.experiments.train import ALGORITHMS, Callback, train, train_state
+    from fsl_sage.experiments.train import Callback, train, train_state
 
     class Stop(Callback):
         def round(self, row: dict[str, Any], models: Any) -> None:
@@ -179,10 +180,10 @@ def parts_of(precision: str, device: str, tiny: bool) -> tuple:
     """State, batch, smashed data and target of FSL-SAGE at the published size, with a full alignment buffer."""
     import torch
 
+    from fsl_sage.algorithms.all import ALGORITHMS
     from fsl_sage.config import preset
     from fsl_sage.data.batches import ClientData
     from fsl_sage.data.images import Images
-    from fsl_sage.experiments.train import ALGORITHMS
     from fsl_sage.ledger import Ledger
     from fsl_sage.networks.auxiliary import true_cut_grad
 

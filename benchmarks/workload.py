@@ -13,10 +13,10 @@ import torch
 from bench import HERE, table, write_csv
 from tqdm import tqdm
 
+from fsl_sage.algorithms.record import label
 from fsl_sage.config import PRECISIONS, preset
 from fsl_sage.core import choose_device
 from fsl_sage.experiments.provenance import provenance
-from fsl_sage.experiments.runs import label
 from fsl_sage.experiments.train import train
 
 RUNS = {

@@ -8,11 +8,12 @@ from conftest import stopped_after
 from torch import nn
 
 from fsl_sage import algorithm, network
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.base import Metrics, aggregate, each_client, whole_step
 from fsl_sage.algorithms.baselines import init_fed_avg
 from fsl_sage.config import PLUGGED, preset
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.train import ALGORITHMS, client_data, prepare, train
+from fsl_sage.experiments.train import client_data, prepare, train
 from fsl_sage.ledger import Ledger
 from fsl_sage.machines.flower import ask_clients
 from fsl_sage.machines.remote import WireLedger, play

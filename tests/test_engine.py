@@ -8,9 +8,10 @@ import torch
 from conftest import stopped_after
 from safetensors.torch import load_file, save_file
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.config import preset
 from fsl_sage.core import atomic_path
-from fsl_sage.experiments.train import ALGORITHMS, train, train_state
+from fsl_sage.experiments.train import train, train_state
 
 TOGETHER = {"psl", "sfl", "sglr"}  # every step needs all clients at once
 SIDE_BY_SIDE = ["fed_avg", "sl_multi_server"]

@@ -12,9 +12,10 @@ import torch
 from asking import Clients, assert_same, small
 from test_faults import THREE, assert_simulated
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.experiments.checkpoint import CheckpointError, Progress, save_checkpoint
 from fsl_sage.experiments.runs import RunStore, read_all
-from fsl_sage.experiments.train import ALGORITHMS, DivergedError, set_up, train
+from fsl_sage.experiments.train import DivergedError, set_up, train
 from fsl_sage.ledger import Ledger
 from fsl_sage.machines import flower, remote
 from fsl_sage.machines.flower import (

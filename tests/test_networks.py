@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.state import FixedData, init_parts
 from fsl_sage.config import PLUGGED, preset
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.train import ALGORITHMS, set_up, train, train_state
+from fsl_sage.experiments.train import set_up, train, train_state
 from fsl_sage.networks.auxiliary import AUXILIARIES, auxiliary_model, estimate_cut_grad, true_cut_grad
 from fsl_sage.networks.part import Part
 from fsl_sage.networks.zoo import MODELS, BasicBlock, Padding, resnet, split_model

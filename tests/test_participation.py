@@ -6,26 +6,18 @@ import pytest
 import torch
 from conftest import stopped_after
 
+from fsl_sage.algorithms.all import ALGORITHMS, BASELINES
 from fsl_sage.algorithms.base import Metrics
-from fsl_sage.algorithms.baselines import BASELINES
 from fsl_sage.algorithms.fleet import part_tensors
 from fsl_sage.algorithms.participation import asked_clients, take_part
 from fsl_sage.algorithms.state import FixedData, State
 from fsl_sage.commands.train import comparison, help_text, jobs_of
 from fsl_sage.config import ALGORITHM_FIELDS, PRESETS, ClockConfig, Experiment, preset
 from fsl_sage.core import tensor_bytes, weighted_average
-from fsl_sage.costs.clock import (
-    Costs,
-    Speed,
-    attendances,
-    attended_seconds,
-    costs_of,
-    latency,
-    simulated_seconds,
-    speeds,
-)
+from fsl_sage.costs.clock import Speed, attendances, attended_seconds, latency, simulated_seconds, speeds
+from fsl_sage.costs.table import Costs, costs_of
 from fsl_sage.experiments.runs import RunStore
-from fsl_sage.experiments.train import ALGORITHMS, register_of, set_up, train, train_state
+from fsl_sage.experiments.train import register_of, set_up, train, train_state
 from fsl_sage.ledger import Ledger
 
 FEDERATED = sorted(set(ALGORITHMS) - {"centralised"})

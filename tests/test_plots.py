@@ -12,8 +12,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
+from fsl_sage.algorithms.all import LABELS
 from fsl_sage.data.partition import plot_labels_per_client
-from fsl_sage.papers.explore import LABELS, plot_cuts
+from fsl_sage.papers.explore import plot_cuts
 from fsl_sage.papers.plots import (
     COLUMN,
     DPI,

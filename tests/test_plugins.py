@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.commands import runs as runs_cli
 from fsl_sage.commands import train as cli
 from fsl_sage.commands.runs import list_runs, prunable
@@ -24,7 +25,7 @@ from fsl_sage.experiments.loggers import TensorBoard, WandB
 from fsl_sage.experiments.plugins import PluginError, load_plugins
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import TABLES
-from fsl_sage.experiments.train import ALGORITHMS, Callback, train
+from fsl_sage.experiments.train import Callback, train
 from fsl_sage.networks.zoo import MODELS
 
 ROOT = Path(__file__).parent.parent

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.sage import SageState
 from fsl_sage.algorithms.state import FixedData, State
 from fsl_sage.config import Experiment, preset
 from fsl_sage.core import tensor_bytes, weighted_average
-from fsl_sage.experiments.train import ALGORITHMS, train
+from fsl_sage.experiments.train import train
 from fsl_sage.ledger import Ledger
 from fsl_sage.networks.auxiliary import AlignmentBuffer, estimate_cut_grad
 from fsl_sage.networks.part import Part, server_step

@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from double import double_precision
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.config import preset
 from fsl_sage.experiments.runs import RunStore
-from fsl_sage.experiments.train import ALGORITHMS, train
+from fsl_sage.experiments.train import train
 from fsl_sage.machines.remote import check_remote
 
 SMALL = {"num_clients": 2, "rounds": 2, "dataset.max_train": 100, "dataset.max_test": 20, "dataset.val_size": 20}

@@ -8,7 +8,8 @@ import torch
 from test_engine import assert_same, tiny
 from torch import nn
 
-from fsl_sage.experiments.train import ALGORITHMS, train
+from fsl_sage.algorithms.all import ALGORITHMS
+from fsl_sage.experiments.train import train
 from fsl_sage.networks.recording import Pretended, recording
 
 SGD = {"name": "sgd", "lr": 0.01, "momentum": 0.9, "scheduler": {"name": "cyclic", "step_size": 2}}

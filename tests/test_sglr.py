@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from conftest import read_trace
 from torch import nn
 
-from fsl_sage.algorithms.sglr import MIXES, ManyHeads, active_clients, fraction_now, n_active
+from fsl_sage.algorithms.all import ALGORITHMS
+from fsl_sage.algorithms.sglr import MIXES, MIXING_MODES, ManyHeads, active_clients, fraction_now, n_active
 from fsl_sage.algorithms.state import FixedData, State
-from fsl_sage.config import MIXING_MODES, AlgorithmConfig, Experiment, SchedulerConfig, preset
+from fsl_sage.config import AlgorithmConfig, Experiment, SchedulerConfig, preset
 from fsl_sage.core import generator, tensor_bytes, weighted_average
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.train import ALGORITHMS, evaluate_mean, prepare, selected, train
+from fsl_sage.experiments.train import evaluate_mean, prepare, selected, train
 from fsl_sage.ledger import Ledger, table6_bytes, table6_seconds
 from fsl_sage.networks.part import LOSSES, Part
 from fsl_sage.networks.zoo import split_model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'average', 'aggregate', 'broadcast', 'whole_step', 'each_client', 'arrivals', 'Loss', 'Metrics', 'global_model',
-           'only_global', 'one_per_client', 'Algorithm']
+           'only_global', 'one_per_client']
 
 # %% ../../nbs/19_algorithms.base.ipynb #d797c0ce
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .fleet import Fleet
-from .state import LocalData, State, _left_alone
+from .state import State, _left_alone
 from ..config import PLUGGED, Experiment
 from ..core import weighted_average
 from ..ledger import Ledger
@@ -197,11 +197,3 @@ def one_per_client(
 ) -> list[nn.Module]:  # one a client
     "The models to evaluate where each client keeps its own: server ∘ client i."
     return [SplitModel(client.model, state.servers[0].model) for client in state.clients]
-
-# %% ../../nbs/19_algorithms.base.ipynb #20c1471c
-class Algorithm(NamedTuple):
-    "How a federation is set up, runs a round, and is evaluated."
-
-    init: Callable[[Experiment, Sequence[LocalData], Ledger], State]  # fresh state; sends the initial models
-    run_round: Callable[[State, int, Ledger], Metrics]  # one round, in place
-    evaluation_models: Callable[[State], list[nn.Module]] = only_global  # what to test; their accuracies are averaged

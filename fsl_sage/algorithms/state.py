@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .fleet import Fleet, one_part_each
-from ..config import PLUGGED, Experiment, OptimizerConfig, SchedulerConfig
+from ..config import PLUGGED, Experiment, OptimizerConfig, SchedulerConfig, record_of
 from ..core import generator, random_stream, require
 from ..networks.auxiliary import FIRST_LAYERS, auxiliary_for, auxiliary_model
 from ..networks.cut import SplitModel
@@ -202,7 +202,7 @@ def _fresh_models(
             aux = auxiliary_model(model.name, split, size)
     ours = model.name in OURS and ("auxiliary", f"{model.name}/{size}") not in PLUGGED
     if aux is not None and not ours:
-        trial = try_parts(split, aux, shape, classes, experiment.algorithm.name != "cse_fsl", who)
+        trial = try_parts(split, aux, shape, classes, record_of(experiment).auxiliary == "gradient", who)
     return split, aux, trial
 
 # %% ../../nbs/17_algorithms.state.ipynb #ceb03049

@@ -37,7 +37,8 @@ from ..costs.estimate import BUNDLES, estimate
 from ..papers.plots import PLACES
 from ..experiments.models import KeepModel
 from ..papers.report import build_report
-from ..experiments.runs import RunStore, default_jobs, label, side_by_side, train_missing
+from ..experiments.runs import RunStore, default_jobs, side_by_side, train_missing
+from ..algorithms.record import label
 from ..experiments.store import StoreError
 from ..experiments.provenance import checkout
 from ..papers.texts import render_texts

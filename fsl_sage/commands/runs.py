@@ -22,7 +22,8 @@ from .train import on_terminal
 from ..core import one_of, printable, printable_lines, require
 from ..experiments.plugins import load_plugins
 from ..experiments.store import RUN, StoreError
-from ..experiments.runs import RunStore, Stored, all_rounds, bring, flat, label
+from ..experiments.runs import RunStore, Stored, all_rounds, bring, flat
+from ..algorithms.record import label
 from ..experiments.store import own_folders, remove, run_lock
 from ..experiments.runs import read_all, read_stored, write_table
 

@@ -57,6 +57,19 @@ def _keys(module: str, variable: str) -> list[str]:
             return [key.value for key in node.value.keys]
     raise ValueError(f"{module} writes out no {variable}")
 
+
+def _of_algorithms() -> Iterator[str]:
+    "The sources of the package's algorithms."
+    for path in sorted(Path(find_spec("fsl_sage.algorithms").origin).parent.glob("*.py")):
+        yield path.read_text("utf-8")
+
+
+def _algorithms() -> list[str]:
+    "The names of the records that are written out in the sources."
+    calls = [node for source in _of_algorithms() for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    records = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "Algorithm"]
+    return [node.args[0].value for node in records if node.args and isinstance(node.args[0], ast.Constant)]
+
 # %% ../../nbs/59_commands.train.ipynb #eb8ad6b8
 def _explained(
     classes: dict[str, ast.ClassDef],  # of the source
@@ -76,7 +89,9 @@ def _explained(
             continue
         name, (_, _, comment) = node.target.id, lines[node.lineno - 1].partition("  # ")
         below = next((n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name) and n.id in classes), None)
-        if below:
+        if below == "Settings":
+            yield from _settings(f"{above}{name}.")
+        elif below:
             if isinstance(node.value, ast.Constant):
                 yield above + name, "null", f"{comment.replace('None', 'null')}; else its fields are"
             own = {word.arg: ast.unparse(word.value) for word in getattr(node.value, "keywords", ())}
@@ -84,6 +99,17 @@ def _explained(
         else:
             default = (given or {}).get(name, ast.unparse(node.value)).replace("field(default_factory=list)", "[]")
             yield above + name, default.strip("'").replace("None", "null"), comment.replace("None", "null")
+
+
+def _settings(above: str) -> Iterator[tuple[str, str, str]]:  # dotted name, default, comment
+    "The settings of all algorithms."
+    for source in _of_algorithms():
+        lines = source.splitlines()
+        classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        own = [node for node in classes if any(ast.unparse(base).endswith("Settings") for base in node.bases)]
+        for node in (below for kind in own for below in kind.body if isinstance(below, ast.AnnAssign)):
+            value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
+            yield above + node.target.id, ast.unparse(value).strip("'"), lines[node.lineno - 1].partition("  # ")[2]
 
 
 def explained(
@@ -115,7 +141,7 @@ else with preset=quick on the embedded data, and says so. Exit status: 0 done, 1
 def help_text() -> str:
     "What `fsl-sage --help` prints, without importing PyTorch."
     choices = {"dataset": _keys("data.sources", "KNOWN"), "model": _keys("networks.zoo", "MODELS")}
-    choices["algorithm"] = _keys("config", "ALGORITHM_FIELDS")
+    choices["algorithm"] = _algorithms()
     rows = [(f"{group}=", "", ", ".join(names)) for group, names in choices.items()]
     names_of_groups = {f"{group}.name" for group in GROUPS}
     fields_of = [row for row in explained("config", "Experiment") if row[0] not in names_of_groups]
@@ -128,20 +154,34 @@ def help_text() -> str:
     return "\n\n".join([HELP.rstrip(), *(block(title, rows) for title, rows in blocks.items())])
 
 # %% ../../nbs/59_commands.train.ipynb #bb268c8f
-@functools.cache
+def _all_settings() -> tuple[type, ...]:
+    "The classes of all algorithms' settings: what plug-ins add to the keys there are."
+    from fsl_sage.config import algorithms
+
+    return tuple(record.settings for record in algorithms().values())
+
+
 def schema(
     kind: type,  # a dataclass
     leave_out: tuple[str, ...] = (),  # fields
 ) -> type:  # a dataclass that is not frozen
-    "The twin of a dataclass, for a structured config."
+    "The twin of a dataclass, for a structured config. That of `Settings` has the fields of all algorithms."
+    return _schema(kind, leave_out, _all_settings())
+
+
+@functools.cache
+def _schema(kind: type, leave_out: tuple[str, ...], settings: tuple[type, ...]) -> type:
+    from fsl_sage.config import Settings, setting_fields
+
     hints, specs = typing.get_type_hints(kind), []
-    for spec in fields(kind):
-        hint, below = hints[spec.name], _dataclass_in(hints[spec.name])
+    known = setting_fields() if kind is Settings else {spec.name: (hints[spec.name], spec) for spec in fields(kind)}
+    for hint, spec in known.values():
+        below = _dataclass_in(hint)
         own = field(default=spec.default, default_factory=spec.default_factory)
         if below:
             twin = schema(below)
             hint = twin if below is hint else twin | None
-            own = field(default_factory=twin) if below is hints[spec.name] else field(default=None)
+            own = field(default_factory=twin) if below is known[spec.name][0] else field(default=None)
         if spec.name not in leave_out:
             specs.append((spec.name, hint, own))
     return make_dataclass(kind.__name__, specs)
@@ -156,7 +196,7 @@ def filled(
     value: Any,  # an instance of that dataclass
 ) -> Any:  # an instance of the twin
     "The twin with the values of `value`."
-    values = {spec.name: getattr(value, spec.name) for spec in fields(twin)}
+    values = {spec.name: getattr(value, spec.name, spec.default) for spec in fields(twin)}
     below = {spec.name: _dataclass_in(spec.type) for spec in fields(twin)}
     inner = {name: filled(below[name], entry) for name, entry in values.items() if below[name] and entry is not None}
     return twin(**(values | inner))
@@ -167,18 +207,25 @@ def keys_of(
     above: str = "",  # dotted names above it
 ) -> Iterator[tuple[str, Any]]:  # key, its type
     "All keys there are, by dotted names."
-    for spec in fields(kind):
-        yield above + spec.name, spec.type
-        if below := _dataclass_in(spec.type):
-            yield from keys_of(below, f"{above}{spec.name}.")
+    from fsl_sage.config import Settings, setting_fields
+
+    known = setting_fields() if kind is Settings else {spec.name: (spec.type, spec) for spec in fields(kind)}
+    for name, (hint, _) in known.items():
+        yield above + name, hint
+        if below := _dataclass_in(hint):
+            yield from keys_of(below, f"{above}{name}.")
 
 
 TEXT = (str, str | None)  # types of keys that hold text
 
 
-@functools.cache
 def all_keys() -> dict[str, Any]:  # key → its type
     "The keys of an experiment and those of the options."
+    return _all_keys(_all_settings())
+
+
+@functools.cache
+def _all_keys(settings: tuple[type, ...]) -> dict[str, Any]:
     from fsl_sage.config import Experiment
 
     return dict(keys_of(Experiment)) | dict(keys_of(Options))
@@ -188,7 +235,7 @@ def choices(
     data_root: str | None = None,
 ) -> dict[str, list[str]]:  # group → names
     "What `dataset=`, `model=` and `algorithm=` may be; with the data sets in the data root, and loaded plug-ins."
-    from fsl_sage.config import ALGORITHM_FIELDS
+    from fsl_sage.config import algorithms
     from fsl_sage.data.sources import KNOWN, data_root as root_of, reader_of
     from fsl_sage.networks.zoo import MODELS
 
@@ -196,7 +243,7 @@ def choices(
     own = [path for path in sorted(root.glob("*")) if reader_of(path)] if root.is_dir() else []
     return {
         "dataset": list(dict.fromkeys([*KNOWN, *(path.name.removesuffix(".npz") for path in own)])),
-        "model": list(MODELS), "algorithm": list(ALGORITHM_FIELDS),
+        "model": list(MODELS), "algorithm": list(algorithms()),
     }  # fmt: skip
 
 # %% ../../nbs/59_commands.train.ipynb #4b2e5298
@@ -334,10 +381,10 @@ def beginning(
     said: Mapping[str, Any],  # fields and options by dotted name
 ) -> tuple[Any, str]:  # the experiment; what to tell the user about it, or nothing
     "The experiment that the words change: a preset, with all tables that they name."
-    from fsl_sage.config import preset
+    from fsl_sage.config import DEFAULT, preset
     from fsl_sage.networks.zoo import MODELS
 
-    algorithm, named = said.get("algorithm.name", "fsl_sage"), said.get("dataset.name")
+    algorithm, named = said.get("algorithm.name", DEFAULT), said.get("dataset.name")
     name, note = said.get("preset"), ""
     if name is None:
         published = preset("paper", algorithm).dataset.name
@@ -423,12 +470,15 @@ def jobs_of(
     from fsl_sage.core import one_of, require
     from fsl_sage.experiments.plugins import load_plugins
 
-    overrides = [_override(word) for word in words]
-    for override in overrides:
+    first = sorted(words, key=lambda word: not word.startswith("plugins="))  # they bring keys of their own
+    overrides = []
+    for i, word in enumerate(first):
+        overrides.append(override := _override(word))
         check_override(override, multirun)
+        if i == 0:
+            with redirect_stdout(sys.stderr):  # what a plug-in prints is not the command's result
+                load_plugins(override.value() if override.key_or_group == "plugins" else ())
     said = {override.key_or_group: override.value() for override in overrides if not override.is_sweep_override()}
-    with redirect_stdout(sys.stderr):  # what a plug-in prints is not the command's result
-        load_plugins(said.get("plugins", ()))
     names, lines = choices(said.get("data_root")), [words_of(override) for override in overrides]
     for override, line in zip(overrides, lines, strict=True):
         group = override.key_or_group

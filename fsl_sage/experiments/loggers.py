@@ -59,7 +59,7 @@ class WandB(Callback):
         import wandb  # an extra
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.before = int(experiment.algorithm.warm_start)  # rounds before round 0: steps begin at 0
+        self.before = -experiment.algorithm.first_round  # rounds before round 0: steps begin at 0
         mode = os.environ.get("WANDB_MODE", "offline")
         again = self._forget_sessions() if mode == "offline" else False
         self.run = wandb.init(

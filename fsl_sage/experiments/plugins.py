@@ -19,7 +19,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, is_dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -29,16 +29,15 @@ from torch import nn
 
 import fsl_sage
 from ..networks.auxiliary import AUXILIARIES
-from ..algorithms.baselines import init_splitfed
-from ..config import ALGORITHM_FIELDS, PLUGGED, SESSION, AlgorithmConfig, Experiment, from_dict
+from ..config import PLUGGED, SESSION, Experiment, Settings, from_dict
 from ..core import one_of, require, user_path
 from ..data.sources import HALF, KNOWN, MADE, Known
 from ..data.files import Arrays
 from .digests import OPENERS, listen
-from ..algorithms.base import Algorithm, only_global
+from ..algorithms.record import Algorithm
 from ..networks.zoo import MODELS, Network
 from ..networks.cut import SplitModel
-from .train import ALGORITHMS
+from ..algorithms.all import ALGORITHMS
 
 # %% ../../nbs/34_experiments.plugins.ipynb #11551918
 @dataclass(frozen=True)
@@ -250,27 +249,25 @@ def auxiliary(
 # %% ../../nbs/34_experiments.plugins.ipynb #4f614f5c
 def algorithm(
     name: str,  # the word for `algorithm.name`
-    uses: Iterable[str] = (),  # fields of AlgorithmConfig
-    init: Callable[..., Any] = init_splitfed,  # (experiment, data, ledger) → State
-    evaluation_models: Callable[..., list[nn.Module]] = only_global,  # state → the models to evaluate
+    **record: Any,  # fields of `algorithms.record.Algorithm`: settings, label, style, init, cost, order, …
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    "Make `f(state, rnd, ledger) -> Metrics`, one round in place, an algorithm."
+    "Make `f(state, rnd, ledger) -> Metrics`, one round in place, an algorithm. Its own numbers are a `Settings`."
 
     def decorate(run_round: Callable[..., Any]) -> Callable[..., Any]:
         _check_call("algorithm", run_round, "state", "rnd", "ledger")
-        _check_call("algorithm init", init, "experiment", "data", "ledger")
-        _check_call("algorithm evaluation_models", evaluation_models, "state")
-        for field in uses:
-            one_of(f"@algorithm({name!r}) uses", field, [spec.name for spec in fields(AlgorithmConfig)[1:]])
+        for field in record:
+            one_of(f"@algorithm({name!r})", field, set(Algorithm._fields) - {"name", "run_round"})
+        own = Algorithm(name, run_round, **record)
+        _check_call("algorithm init", own.init, "experiment", "data", "ledger")
+        _check_call("algorithm evaluation_models", own.evaluation_models, "state")
+        plain = isinstance(own.settings, type) and issubclass(own.settings, Settings) and is_dataclass(own.settings)
+        require(plain, f"@algorithm({name!r}) settings", own.settings, "a dataclass derived from config.Settings")
+        own.settings(name)  # are the defaults in their ranges?
 
         def put() -> None:
-            ALGORITHMS[name] = Algorithm(init, run_round, evaluation_models)
-            ALGORITHM_FIELDS[name] = tuple(uses)
+            ALGORITHMS[name] = own
 
-        def undo() -> None:
-            del ALGORITHMS[name], ALGORITHM_FIELDS[name]
-
-        _register("algorithm", name, run_round, name in ALGORITHMS, put, undo)
+        _register("algorithm", name, run_round, name in ALGORITHMS, put, lambda: ALGORITHMS.pop(name))
         return run_round
 
     return decorate

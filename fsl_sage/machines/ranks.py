@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ..config import Experiment
+from ..config import Experiment, record_of
 from ..core import choose_device, require
 from .remote import SERVER, WireLedger, check_remote, join, line, serve, attend
 from ..experiments.runs import RunStore
 from ..networks.part import LOSSES
-from ..experiments.train import ALGORITHMS, Bench, History, client_data, prepare
+from ..experiments.train import Bench, History, client_data, prepare
 
 # %% ../../nbs/53_machines.ranks.ipynb #36c3b2db
 class RankMail:
@@ -65,7 +65,7 @@ def train_on_ranks(
     n, place, device = experiment.num_clients, dist.get_rank() - 1, choose_device(device)
     fine = f"{n + 1} for a server and {n} clients"
     require(dist.get_world_size() == n + 1, "--nproc-per-node", dist.get_world_size(), fine)
-    algorithm = ALGORITHMS[experiment.algorithm.name]
+    algorithm = record_of(experiment)
     dataset, validation = prepare(experiment, device, root)
     own = None if place == SERVER else client_data(experiment, dataset)[place]
     mail = RankMail(place, device if dist.get_backend() == "nccl" else torch.device("cpu"))

@@ -19,10 +19,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.base import Algorithm, Metrics, only_global
+from ..algorithms.record import Algorithm
+from ..algorithms.base import Metrics, only_global
 from ..algorithms.participation import asked_clients, round_stream, take_part
 from ..algorithms.state import LocalData, State
-from ..config import Experiment
+from ..config import Experiment, record_of
 from ..core import arithmetic, as_tensors, require, tensor_bytes
 from ..experiments.checkpoint import Progress
 from ..experiments.train import ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, is_due
@@ -314,14 +315,10 @@ def introduce(
 # %% ../../nbs/52_machines.remote.ipynb #2956e67a
 def check_remote(experiment: Experiment) -> None:
     "`ValueError` if `experiment` cannot run between machines."
-    config = experiment.algorithm
-    require(config.name != "centralised", "algorithm.name", config.name, "one with clients, to run between machines")
-    require(not config.share_server, "algorithm.share_server", True, "false between machines: no half can be shared")
-    fine = "false between machines: the auxiliary models' optimisers would have to move from clients to server"
-    require(not config.warm_start, "algorithm.warm_start", True, fine)
+    name, alone = experiment.algorithm.name, record_of(experiment).alone
+    require(not alone, "algorithm.name", name, "one with clients, to run between machines")
     require(experiment.clock is None, "clock", experiment.clock, "left out between machines, where time is real")
-    fine = "0 between machines: only the server could tell when to stop"
-    require(config.align_tolerance == 0, "algorithm.align_tolerance", config.align_tolerance, fine)
+    experiment.algorithm.between_machines()
 
 # %% ../../nbs/52_machines.remote.ipynb #556123a2
 def join(

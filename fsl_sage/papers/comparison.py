@@ -18,7 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..config import Experiment, preset
-from ..algorithms.controls import CONTROLS
+from ..algorithms.all import CONTROLS
 from ..core import one_of, require, tensor_bytes
 from ..data.sources import KNOWN
 from .plots import legend_below, level, new_figure, plot_curves

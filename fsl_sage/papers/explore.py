@@ -7,6 +7,7 @@ __all__ = ['client_costs', 'bytes_per_round', 'explore', 'in_words', 'plot_cuts'
 
 # %% ../../nbs/45_papers.explore.ipynb #ba3c27a8
 from copy import deepcopy
+from dataclasses import asdict
 
 import pandas as pd
 import torch
@@ -17,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import Experiment
 from ..core import held_memory, one_of, require, tensor_bytes
 from .plots import STYLES, TEXT, new_figure
-from ..experiments.runs import LABELS
+from ..algorithms.all import ALGORITHMS, LABELS
+from ..costs.table import Costs, work_of
 from ..networks.cut import SplitModel, cut_layers
 
 # %% ../../nbs/45_papers.explore.ipynb #cb89ef50
@@ -49,7 +51,7 @@ def client_costs(
 
 # %% ../../nbs/45_papers.explore.ipynb #38afbfe3
 def bytes_per_round(
-    experiment: Experiment,  # clients, batch size, epochs; q and l of CSE-FSL and FSL-SAGE
+    experiment: Experiment,  # clients, rounds, batch size, epochs; the algorithms' settings where they have such
     samples: int,  # m, of each client
     smashed: float,  # z, bytes of one sample's
     client: float,  # C, bytes of its model
@@ -57,19 +59,17 @@ def bytes_per_round(
     aux: float,  # A, bytes of its model
 ) -> dict[str, float]:  # by algorithm, of all clients together, mean over the rounds
     "What a round of each algorithm sends (convention `paper`)."
-    n, local, config = experiment.num_clients, experiment.model.client, experiment.algorithm
-    batches = [min(local.batch_size, samples - first) for first in range(0, samples, local.batch_size)]
-    uploaded = sum((batches * local.epoch)[:: config.server_update_interval])
-    exchange, models = 2 * local.epoch * samples * smashed, 2 * client
-    each = {
-        "fed_avg": models + 2 * server,
-        **dict.fromkeys(("sl_single_server", "sl_multi_server"), exchange + models),
-        "cse_fsl": uploaded * smashed + models + 2 * aux,
-        "fsl_sage": uploaded * smashed + models + aux / config.align_interval,
-        **dict.fromkeys(("ssl", "sfl"), exchange + models),
-        **dict.fromkeys(("psl", "sglr"), exchange),
-    }
-    return {name: n * value for name, value in each.items()}
+    costs = Costs(smashed=smashed, client_bytes=client, server_bytes=server, aux_bytes=aux)
+    local, own, each = asdict(experiment.model.client), asdict(experiment.algorithm), {}
+    for name, record in ALGORITHMS.items():
+        if record.cost is None or record.alone or record.control:
+            continue
+        run = Experiment(rounds=experiment.rounds).replace(algorithm=own | {"name": name}, **{"model.client": local})
+        aligned = sum(map(run.algorithm.aligns, range(run.rounds))) / run.rounds
+        with_it, without = (work_of(run, costs, 0, samples, aligned=k) for k in (1, 0))
+        means = (aligned * getattr(with_it, way) + (1 - aligned) * getattr(without, way) for way in ("up", "down"))
+        each[name] = experiment.num_clients * sum(means)
+    return each
 
 # %% ../../nbs/45_papers.explore.ipynb #cb9dc29f
 def explore(
@@ -128,7 +128,7 @@ def plot_cuts(
         ax.barh(range(len(table)), values, color="tab:gray")
         ax.set(xlabel=name)
     for algorithm, label in LABELS.items():
-        if algorithm in table:
+        if ALGORITHMS[algorithm].label and algorithm in table:
             axes[-1].plot(table[algorithm] / 2**20, range(len(table)), label=label, **STYLES[label])
     axes[-1].set(xscale="log", xlabel="all clients\n[MiB/round]")
     for i, ax in enumerate(axes):

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ..config import Experiment, OptimizerConfig, SchedulerConfig
 from ..core import arithmetic, one_of
-from ..algorithms.base import Algorithm
+from ..algorithms.record import Algorithm
 from ..algorithms.state import FixedData, State
 from ..ledger import Ledger
 from ..networks.part import LOSSES
-from ..experiments.train import ALGORITHMS, evaluate
+from ..algorithms.all import ALGORITHMS
+from ..experiments.train import evaluate
 
 # %% ../../nbs/43_papers.oracle.ipynb #6bec2301
 @torch.no_grad()

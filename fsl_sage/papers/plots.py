@@ -32,27 +32,16 @@ from matplotlib.ticker import MaxNLocator
 
 from ..config import annotated
 from ..core import atomic_path, peak_memory, require
+from ..algorithms.all import ALGORITHMS, LABELS
 
 # %% ../../nbs/38_papers.plots.ipynb #3174f4ee
 COLOURS = (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
 )  # fmt: skip
 STYLES = {
-    "FSL-SAGE": {"color": COLOURS[2], "marker": "X", "linestyle": "-"},
-    "CSE-FSL": {"color": "#2bb7d9", "marker": "d", "linestyle": (0, (5, 1))},
-    "SplitFed-MS": {"color": COLOURS[1], "marker": "p", "linestyle": (0, (3, 1, 1, 1))},
-    "SplitFed-SS": {"color": COLOURS[3], "marker": "*", "linestyle": (0, (1, 1))},
-    "FedAvg": {"color": COLOURS[0], "marker": "o", "linestyle": (0, (5, 1, 1, 1))},
     "FedAvg (shared server)": {"color": COLOURS[4], "marker": "s", "linestyle": (0, (5, 3))},
-    "true gradient": {"color": "#5e5e5e", "marker": ">", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
-    "fixed auxiliary": {"color": "#7d6b4f", "marker": "h", "linestyle": (0, (4, 1, 1, 2))},
-    "frozen client": {"color": "#ababab", "marker": "<", "linestyle": (0, (2, 1))},
-    "centralised": {"color": "black", "marker": "", "linestyle": ":"},
-    "sglr": {"color": "#8000e6", "marker": "P", "linestyle": (0, (8, 2))},
-    "psl": {"color": "#ff4dff", "marker": "^", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
-    "sfl": {"color": "#000066", "marker": "v", "linestyle": (0, (2, 2))},
-    "ssl": {"color": "#4d1a00", "marker": "D", "linestyle": (0, (8, 2, 1, 2))},
-}
+    **{LABELS[name]: record.style for name, record in ALGORITHMS.items() if record.style},
+}  # label → Matplotlib's words; the records have them
 OTHERS = (
     {"color": "#994d33", "marker": (3, 1, 0), "linestyle": (0, (3, 3))},
     {"color": "#4d33b3", "marker": (4, 1, 0), "linestyle": (0, (1, 3))},

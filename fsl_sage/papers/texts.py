@@ -23,7 +23,7 @@ from .claims import VERSUS, gather, published, settings_tested
 from ..core import atomic_path, one_of, require
 from .plots import interval, median_reach, paired
 from .report import PAPERS, duration, number, owner, read_intro
-from ..experiments.runs import LABELS
+from ..algorithms.all import LABELS
 from .tables import as_markdown
 
 # %% ../../nbs/49_papers.texts.ipynb #4e7beead
