@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT', 'PRECISIONS', 'SEEDS', 'SESSION', 'PLUGGED', 'YOUNGER', 'FIRST_SETTINGS', 'OWN_CUT', 'PRESETS',
-           'SGLR_OPTIMIZER', 'SGLR_COMMON', 'SGLR_PRESETS', 'forget', 'setting', 'Settings', 'algorithms', 'record_of',
+           'SGLR_OPTIMIZER', 'SGLR_COMMON', 'SGLR_PRESETS', 'setting', 'Settings', 'forget', 'algorithms', 'record_of',
            'setting_fields', 'settings_of', 'SchedulerConfig', 'OptimizerConfig', 'DatasetConfig', 'ClientConfig',
            'ServerConfig', 'AuxiliaryConfig', 'ModelConfig', 'ClockConfig', 'Experiment', 'MissingPluginError',
            'from_dict', 'preset', 'annotated', 'check_parameters']
@@ -29,6 +29,72 @@ from .networks.auxiliary import AUXILIARIES, FIRST_LAYERS
 from .core import one_of, require
 from .data.partition import DISTRIBUTIONS
 from .networks.zoo import MODELS
+
+# %% ../nbs/15_config.ipynb #29949f06
+def setting(
+    default: Any,
+    least: float | None = None,  # of a number; None: no bound
+    most: float | None = None,  # likewise
+    words: str = "",  # the range in words; empty: "at least 1", "a number from 0 to 1"
+    among: Sequence[str] = (),  # of a text: what it may be
+) -> Any:  # a field of a dataclass
+    "A field of an algorithm's settings, with its range."
+    bounds = -math.inf if least is None else least, math.inf if most is None else most
+    between = f"a number from {least:g} to {most:g}" if None not in (least, most) else ""
+    words = words or between or (f"at least {least:g}" if least is not None else f"at most {most:g}" if most else "")
+    return field(default=default, metadata={"bounds": bounds, "words": words, "among": tuple(among)})
+
+
+def _check_setting(name: str, value: Any, spec: Field) -> None:
+    "`ValueError` unless `value` is in the range of the field; a whole number without a range is at least 1."
+    allowed, path = spec.metadata, f"algorithm.{name}"
+    if allowed.get("among"):
+        one_of(path, value, allowed["among"])
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        least, most = allowed.get("bounds", (1 if isinstance(spec.default, int) else -math.inf, math.inf))
+        require(least <= value <= most, path, value, allowed.get("words") or "at least 1")
+
+# %% ../nbs/15_config.ipynb #0ed8d9d9
+@dataclass(frozen=True)
+class Settings:
+    "An algorithm's own numbers; fields are added by its own class. Answers that differ are methods there."
+
+    name: str = ""  # of the algorithm, one of `algorithms()`
+
+    loss = "cross_entropy"  # of training, one of `networks.part.LOSSES`
+    first_round = 0  # -1: one round of another kind before round 0
+    variant = ""  # what a legend adds to the algorithm's name
+
+    def __post_init__(self):
+        _check_types(self, "algorithm.")
+        for spec in fields(self)[1:]:
+            _check_setting(spec.name, getattr(self, spec.name), spec)
+        self.check()
+
+    def check(self) -> None:
+        "Refuse values that do not go together; give fields that do not matter their defaults."
+
+    def aligns(self, rnd: int) -> bool:
+        "Whether auxiliary models are aligned in round `rnd`."
+        return False
+
+    def in_turn(self, rnd: int) -> bool:
+        "Whether a client waits for the one before, in round `rnd`, where the algorithm's clients otherwise do not."
+        return False
+
+    def needs_all(self) -> str:  # which setting says so; empty: clients may be absent
+        "Why no client may be absent."
+        return ""
+
+    def unpriced(self) -> str:  # which setting says so; empty: they are as in the algorithm's record
+        "Why costs are not known."
+        return ""
+
+    def between_machines(self) -> None:
+        "Refuse what needs server and clients on one machine."
+
+    def follow(self, experiment: "Experiment") -> None:
+        "Give fields of the experiment that follow from others their values."
 
 # %% ../nbs/15_config.ipynb #8eb5a866
 def _number(kind: type, value: Any, path: str) -> Any:
@@ -131,72 +197,6 @@ def forget(
     for spec in fields(config):
         if spec.name in names:
             object.__setattr__(config, spec.name, spec.default)
-
-# %% ../nbs/15_config.ipynb #29949f06
-def setting(
-    default: Any,
-    least: float | None = None,  # of a number; None: no bound
-    most: float | None = None,  # likewise
-    words: str = "",  # the range in words; empty: "at least 1", "a number from 0 to 1"
-    among: Sequence[str] = (),  # of a text: what it may be
-) -> Any:  # a field of a dataclass
-    "A field of an algorithm's settings, with its range."
-    bounds = -math.inf if least is None else least, math.inf if most is None else most
-    between = f"a number from {least:g} to {most:g}" if None not in (least, most) else ""
-    words = words or between or (f"at least {least:g}" if least is not None else f"at most {most:g}" if most else "")
-    return field(default=default, metadata={"bounds": bounds, "words": words, "among": tuple(among)})
-
-
-def _check_setting(name: str, value: Any, spec: Field) -> None:
-    "`ValueError` unless `value` is in the range of the field; a whole number without a range is at least 1."
-    allowed, path = spec.metadata, f"algorithm.{name}"
-    if allowed.get("among"):
-        one_of(path, value, allowed["among"])
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        least, most = allowed.get("bounds", (1 if isinstance(spec.default, int) else -math.inf, math.inf))
-        require(least <= value <= most, path, value, allowed.get("words") or "at least 1")
-
-# %% ../nbs/15_config.ipynb #0ed8d9d9
-@dataclass(frozen=True)
-class Settings:
-    "An algorithm's own numbers; fields are added by its own class. Answers that differ are methods there."
-
-    name: str = ""  # of the algorithm, one of `algorithms()`
-
-    loss = "cross_entropy"  # of training, one of `networks.part.LOSSES`
-    first_round = 0  # -1: one round of another kind before round 0
-    variant = ""  # what a legend adds to the algorithm's name
-
-    def __post_init__(self):
-        _check_types(self, "algorithm.")
-        for spec in fields(self)[1:]:
-            _check_setting(spec.name, getattr(self, spec.name), spec)
-        self.check()
-
-    def check(self) -> None:
-        "Refuse values that do not go together; give fields that do not matter their defaults."
-
-    def aligns(self, rnd: int) -> bool:
-        "Whether auxiliary models are aligned in round `rnd`."
-        return False
-
-    def in_turn(self, rnd: int) -> bool:
-        "Whether a client waits for the one before, in round `rnd`, where the algorithm's clients otherwise do not."
-        return False
-
-    def needs_all(self) -> str:  # which setting says so; empty: clients may be absent
-        "Why no client may be absent."
-        return ""
-
-    def unpriced(self) -> str:  # which setting says so; empty: they are as in the algorithm's record
-        "Why costs are not known."
-        return ""
-
-    def between_machines(self) -> None:
-        "Refuse what needs server and clients on one machine."
-
-    def follow(self, experiment: "Experiment") -> None:
-        "Give fields of the experiment that follow from others their values."
 
 # %% ../nbs/15_config.ipynb #d779512a
 DEFAULT = "fsl_sage"  # the algorithm of an experiment that names none
