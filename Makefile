@@ -53,9 +53,10 @@ help:
 figures: $(READY)
 	$(BIN)/fsl-sage-reproduce --preset $(PRESET) --device $(DEVICE) $(if $(strip $(ONLY)),--only $(ONLY)) $(if $(strip $(SEEDS)),--seeds $(SEEDS))
 
-# What is quick to say: style, notebooks clean and exported, addresses of stored runs.
+# What is quick to say: style, layers, notebooks clean and exported, addresses of stored runs.
 check: $(READY)
 	$(BIN)/ruff check fsl_sage nbs figures tests benchmarks
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pytest tests/test_packaging.py tests/test_hashes.py
 
 # One thread a process: there are as many notebooks at work as there are cores. The last line is pytest's.
