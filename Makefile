@@ -7,7 +7,7 @@ ONLY =
 SEEDS =
 LOCKED =
 BENCH =
-FLOWER_TESTS = tests/test_remote.py tests/test_gate.py tests/test_federate.py tests/test_flower_faults.py
+FLOWER_TESTS = tests/machines/test_remote.py tests/machines/test_gate.py tests/commands/test_federate.py tests/machines/test_flower_faults.py
 PYTHON = python3
 
 BIN = .venv/bin
@@ -57,7 +57,7 @@ figures: $(READY)
 check: $(READY)
 	$(BIN)/ruff check fsl_sage nbs figures tests benchmarks
 	$(BIN)/lint-imports --no-cache --no-logo
-	$(BIN)/pytest tests/test_packaging.py tests/test_hashes.py
+	$(BIN)/pytest tests/house/test_packaging.py tests/config/test_hashes.py
 
 # One thread a process: there are as many notebooks at work as there are cores. The last line is pytest's.
 test: $(READY)
@@ -78,7 +78,7 @@ test-flower: .venv-flower/.ready
 attack: .venv-flower/.ready
 	-$(BIN)/pytest -m attack $(FLOWER_TESTS:%=--ignore=%) --junitxml=_proc/attacks.xml
 	-$(FLOWER)/pytest -n 0 -m attack $(FLOWER_TESTS) --junitxml=_proc/attacks-flower.xml
-	$(BIN)/python tests/attacks.py _proc/attacks.xml _proc/attacks-flower.xml
+	$(BIN)/python -m tests.support.attacks _proc/attacks.xml _proc/attacks-flower.xml
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(BENCH)

@@ -1,16 +1,11 @@
-"""What the tests share: threads, a browser, traces, a run that is stopped."""
+"""What all tests have: one thread, a browser, the areas of attacks. What they import is in `tests.support`."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from attacks import AREAS
 
-from fsl_sage.experiments import train as training
-
-TRACES = sorted((Path(__file__).parent / "traces").glob("*.json"))
+from tests.support.attacks import AREAS
 
 
 def pytest_collection_modifyitems(items):
@@ -40,25 +35,3 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=executable, args=flags)
         yield chromium
         chromium.close()
-
-
-def read_trace(name: str) -> tuple[dict, list[dict]]:
-    """A trace's settings and what was measured."""
-    spec = json.loads((Path(__file__).parent / "traces" / f"{name}.json").read_text())
-    return spec, spec.pop("trace")
-
-
-def stopped_after(saved, monkeypatch, experiment, path):
-    """Train until so many checkpoints are written; then the power is cut."""
-    left, save = [saved], training.save_checkpoint
-
-    def save_and_stop(*args):
-        save(*args)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            training.train_state(experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0)

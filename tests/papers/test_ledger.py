@@ -1,0 +1,74 @@
+"""The ledger of claims, from the gallery that is committed: no number from another experiment."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from fsl_sage.papers.claims import COUNTED, KEY, OWNERS, VERSUS, compare, gather, published, settings_tested, values_of
+from tests.support import ROOT
+
+GALLERY = ROOT / "figures" / "gallery"
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("gallery")
+    for path in (*GALLERY.glob(f"*{VERSUS}"), *GALLERY.glob("*.json")):
+        (copy / path.name).write_bytes(path.read_bytes())
+    return gather(copy)
+
+
+def test_fed_avg_in_the_ledger_is_the_headline_figures(ledger):
+    summary = pd.read_csv(GALLERY / "sage_accuracy_vs_communication_summary.csv")
+    ours = ledger[(ledger.metric == "test_accuracy_at_200_GiB") & (ledger.variant == "") & (ledger.kind == "number")]
+    for label, name in {"FedAvg": "fed_avg", "FSL-SAGE": "fsl_sage", "CSE-FSL": "cse_fsl"}.items():
+        expected = summary[summary.label == label].final_accuracy.mean()
+        assert ours[ours.setting == f"algorithm={name}"].ours.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_number_has_one_place_and_one_experiment(ledger):
+    ran = ledger[(ledger.kind == "number") & (ledger.n > 0)]
+    assert not ran.duplicated([*KEY, "preset", "experiment", "variant"]).any()
+    owned = ran[(ran.variant == "") & ran.artefact.isin(OWNERS)]
+    assert (owned.figure == owned.artefact.map(OWNERS)).all()
+    for _, rows in ran[ran.variant == ""].groupby(["artefact", "preset"]):
+        assert len(set(rows.experiment)) == 1
+
+
+def test_only_counts_hold_without_a_run_at_the_published_setting(ledger):
+    decided = ledger[ledger.verdict.isin(["holds", "differs", "reversed"])]
+    assert len(decided) > 30 and (decided.preset.isin(["paper", "published"])).all()
+    assert (decided[decided.n == 1].metric.isin(COUNTED)).all()
+
+
+def test_a_deviation_stands_where_two_seeds_are(ledger):
+    for path in GALLERY.glob(f"*{VERSUS}"):
+        for row in pd.read_csv(path, keep_default_na=False, na_values={"n": ""}).itertuples():
+            assert len(values_of(row.runs)) == int(row.n)
+
+
+def test_the_readme_counts_as_the_ledger_does(ledger):
+    text = (GALLERY.parent.parent / "README.md").read_text("utf-8")
+    pattern = r"Of (\d+) published numbers (\d+) are tested at .*: (\d+) hold, (\d+) differ, (\d+) are undecided"
+    assert re.search(pattern, "\n".join(text.splitlines()[:14])), "on the first screen"
+    settings = settings_tested(ledger)
+    words = settings.value_counts()
+    tested = [int(words.get(word, 0)) for word in ("holds", "differs", "undecided")]
+    assert [int(n) for n in re.search(pattern, text).groups()] == [len(settings), sum(tested), *tested]
+
+
+def test_runs_of_the_published_gallery_decide_claims(tmp_path):
+    """Its figures have the same names; one setting that the tables print in 23 cells is one decided number."""
+    for path in (*GALLERY.glob(f"*{VERSUS}"), *GALLERY.glob("*.json")):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = settings_tested(gather(tmp_path))
+    cells = published("sglr", "Table 2", "test_accuracy").query("n_clients == 1")
+    five = [cells.assign(value=82.4 + seed / 100, seed=seed, preset="published") for seed in range(5)]
+    (tmp_path / "published").mkdir()
+    ours = pd.concat(five)[["metric", "value", "preset", "seed", "n_clients", "lr_power", "active_fraction"]]
+    compare(cells, ours).to_csv(tmp_path / "published" / f"sglr_tables_1_to_3{VERSUS}", index=False)
+    facts = (GALLERY / "sglr_tables_1_to_3.json").read_bytes()
+    (tmp_path / "published" / "sglr_tables_1_to_3.json").write_bytes(facts)
+    after = settings_tested(gather(tmp_path))
+    assert (after != before).sum() == 1 and after[after != before].item() in ("holds", "undecided")
