@@ -66,7 +66,7 @@ def bytes_per_round(
             continue
         run = Experiment(rounds=experiment.rounds).replace(algorithm=own | {"name": name}, **{"model.client": local})
         aligned = sum(map(run.algorithm.aligns, range(run.rounds))) / run.rounds
-        with_it, without = (work_of(run, costs, 0, samples, aligned=k) for k in (1, 0))
+        with_it, without = (work_of(run, costs, 0, samples, aligned=k) for k in (int(aligned > 0), 0))
         means = (aligned * getattr(with_it, way) + (1 - aligned) * getattr(without, way) for way in ("up", "down"))
         each[name] = experiment.num_clients * sum(means)
     return each

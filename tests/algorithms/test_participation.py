@@ -4,13 +4,13 @@ import pandas as pd
 import pytest
 import torch
 
-from fsl_sage.algorithms.all import ALGORITHMS, BASELINES
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.base import Metrics
 from fsl_sage.algorithms.fleet import part_tensors
 from fsl_sage.algorithms.participation import asked_clients, take_part
 from fsl_sage.algorithms.state import FixedData, State
 from fsl_sage.commands.train import comparison, help_text, jobs_of
-from fsl_sage.config import ALGORITHM_FIELDS, PRESETS, ClockConfig, Experiment, preset
+from fsl_sage.config import PRESETS, ClockConfig, Experiment, preset
 from fsl_sage.core import tensor_bytes, weighted_average
 from fsl_sage.costs.clock import Speed, attendances, attended_seconds, latency, simulated_seconds, speeds
 from fsl_sage.costs.table import Costs, costs_of
@@ -58,7 +58,7 @@ def assert_same(one, two, *columns):
 def test_experiments_from_before_keep_their_addresses():
     assert Experiment().hash == "d2e77978c131fb96" and preset("paper").hash == "0a4cb5e068e3561e"
     assert preset("quick", "fed_avg", participation=1.0, participation_seed=7).hash == "0f9e3741a6aa8414"
-    every = [preset(name, algorithm).to_dict() for name in PRESETS for algorithm in ALGORITHM_FIELDS]
+    every = [preset(name, algorithm).to_dict() for name in PRESETS for algorithm in ALGORITHMS]
     assert not any({"participation", "participation_seed", "clock", "plugins"} & set(tree) for tree in every)
     assert not any("size_spread" in tree["dataset"] for tree in every)
 
@@ -102,7 +102,7 @@ def test_an_absent_client_keeps_what_is_its_own_and_sends_nothing(algorithm):
 def test_who_comes_back_begins_with_the_newest_average(monkeypatch):
     """FedAvg: weights are n_i over the participants' samples; the download is in the account of the round."""
     state, ledger, begun, sent = federation("fed_avg", (6, 9, 3)), Ledger(), {}, {}
-    step, aggregate = (BASELINES["fed_avg"].run_round.__globals__[name] for name in ("whole_step", "aggregate"))
+    step, aggregate = (ALGORITHMS["fed_avg"].run_round.__globals__[name] for name in ("whole_step", "aggregate"))
 
     def copy(i: int) -> dict:
         return {name: tensor.clone() for name, tensor in state.clients[i].model.state_dict().items()}

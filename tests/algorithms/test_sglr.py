@@ -11,7 +11,7 @@ from torch import nn
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.sglr import MIXES, MIXING_MODES, ManyHeads, active_clients, fraction_now, n_active
 from fsl_sage.algorithms.state import FixedData, State
-from fsl_sage.config import AlgorithmConfig, Experiment, SchedulerConfig, preset
+from fsl_sage.config import Experiment, SchedulerConfig, preset, settings_of
 from fsl_sage.core import generator, tensor_bytes, weighted_average
 from fsl_sage.experiments import plugins
 from fsl_sage.experiments.train import evaluate_mean, prepare, selected, train
@@ -426,9 +426,9 @@ def test_unequal_batches_cannot_be_averaged():
 
 
 def test_what_does_not_matter_is_forgotten():
-    assert AlgorithmConfig("psl", lr_power=2.0, active_fraction=1) == AlgorithmConfig("psl")
-    assert AlgorithmConfig("sglr", average_phase="initial") == AlgorithmConfig("sglr")
-    assert AlgorithmConfig("fsl_sage", loss="binary_cross_entropy") == AlgorithmConfig("fsl_sage")
+    assert settings_of("psl", lr_power=2.0, active_fraction=1) == settings_of("psl")
+    assert settings_of("sglr", average_phase="initial") == settings_of("sglr")
+    assert settings_of("fsl_sage", loss="binary_cross_entropy") == settings_of("fsl_sage")
     fast = preset("smoke", "sglr", **{"model.server.optimizer.lr": 7.0, "algorithm.lr_power": 1})
     assert fast.hash == preset("smoke", "sglr", **{"algorithm.lr_power": 1.0}).hash
 
@@ -439,7 +439,7 @@ LENGTHS = [(0.6, 2, 2), (0.4, 2, 1), (0.5, 5, 3), (0.55, 100, 55), (0.6, 5, 3)]
 @pytest.mark.parametrize(("fraction", "rounds", "long"), LENGTHS)
 def test_the_first_and_the_last_phase_are_equally_long(fraction, rounds, long):
     config = {"active_fraction": 1.0, "average_fraction": fraction}
-    first, last = (AlgorithmConfig("sglr", average_phase=phase, **config) for phase in ("initial", "final"))
+    first, last = (settings_of("sglr", average_phase=phase, **config) for phase in ("initial", "final"))
     on = [1.0] * long + [0.0] * (rounds - long)
     assert [fraction_now(first, rnd, rounds) for rnd in range(rounds)] == on
     assert [fraction_now(last, rnd, rounds) for rnd in range(rounds)] == on[::-1]

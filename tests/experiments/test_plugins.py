@@ -94,7 +94,7 @@ def test_without_plugins_nothing_is_said_of_them():
         (FLAT.replace("image_size, width)", "image_size)"), "width"),
         (FLAT + FLAT, "line 13"),
         ("from fsl_sage import dataset\n@dataset('d')\ndef d(): pass", "line 2"),
-        ("from fsl_sage import algorithm\n@algorithm('a', uses=['alpha'])\ndef a(s, r, l): pass", "uses"),
+        ("from fsl_sage import algorithm\n@algorithm('a', labels='A')\ndef a(s, r, l): pass", "did you mean 'label'"),
         ("from fsl_sage import algorithm\n@algorithm('a')\ndef a(state): pass", "(state, rnd, ledger)"),
         ("from fsl_sage import auxiliary\n@auxiliary('resnet18')\ndef a(split): pass", "resnet18/default"),
         ("1 / 0", "line 1: ZeroDivisionError"),

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import fsl_sage
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.commands import runs as runs_cli
 from fsl_sage.commands import train as cli
 from fsl_sage.commands.runs import import_runs, list_runs, prune
@@ -725,7 +726,7 @@ def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path):
 
 def with_own_state(monkeypatch, **first):
     "FedAvg whose rate falls with the rounds it has seen, which it keeps in its state."
-    usual = training.ALGORITHMS["fed_avg"]
+    usual = ALGORITHMS["fed_avg"]
 
     def run_round(state, rnd, ledger):
         state.seen = [*getattr(state, "seen", []), torch.tensor(rnd)]
@@ -738,7 +739,7 @@ def with_own_state(monkeypatch, **first):
         vars(state).update(first)
         return state
 
-    monkeypatch.setitem(training.ALGORITHMS, "fed_avg", usual._replace(init=init, run_round=run_round))
+    monkeypatch.setitem(ALGORITHMS, "fed_avg", usual._replace(init=init, run_round=run_round))
     return preset("smoke", "fed_avg", **TINY)
 
 

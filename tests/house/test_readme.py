@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from fsl_sage.commands.train import main
-from fsl_sage.config import ALGORITHM_FIELDS, PLUGGED
+from fsl_sage.config import PLUGGED, algorithms
 from fsl_sage.data.partition import DISTRIBUTIONS
 from fsl_sage.data.sources import KNOWN
 from fsl_sage.networks.zoo import MODELS
@@ -64,7 +64,7 @@ def own(kind, names):
 
 def test_what_there_is_is_listed():
     listed = (ROOT / "docs" / "algorithms.md").read_text("utf-8")
-    names = [*own("algorithm", ALGORITHM_FIELDS), *own("model", MODELS), *own("dataset", KNOWN), *DISTRIBUTIONS]
+    names = [*own("algorithm", algorithms()), *own("model", MODELS), *own("dataset", KNOWN), *DISTRIBUTIONS]
     assert [name for name in names if f"`{name}`" not in listed] == []
 
 
@@ -103,7 +103,7 @@ def test_each_promise_has_what_holds_it():
 def test_the_table_lists_what_there_is():
     rows = re.findall(r"^\| (algorithms|networks|data sets) \| (.*) \|$", (ROOT / "README.md").read_text("utf-8"), re.M)
     listed = {kind: re.findall(r"`([a-z]\w*)`", text) for kind, text in rows}
-    assert sorted(listed["algorithms"]) == sorted(own("algorithm", ALGORITHM_FIELDS))
+    assert sorted(listed["algorithms"]) == sorted(own("algorithm", algorithms()))
     with_stem = [f"{name}_cifar" for name in ("resnet18", "resnet50", "resnet152")]
     assert sorted(listed["networks"] + with_stem) == sorted(own("model", MODELS))
     assert set(listed["data sets"]) == set(own("dataset", KNOWN)) - {"imagefolder"}  # folders of pictures
