@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fsl_sage import RunStore, load_plugins, preset, train
 from fsl_sage.config import PLUGGED, from_dict, settings_of
 from fsl_sage.experiments.plugins import FILES, PluginError, forget
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "nbs" / "tutorials" / "own_parts.ipynb"
 WORDS = {"dataset.name": "stripes", "model.name": "mini", "rounds": 2, "num_clients": 2}
 WORDS |= {"dataset.max_train": 120, "dataset.max_test": 40}
@@ -71,7 +70,8 @@ def test_its_field_is_a_field_like_any_other(parts):
     assert often.hash != experiment.hash and from_dict(often.to_dict()) == often
     assert "upload_every" not in experiment.to_dict()["algorithm"] and often.to_dict()["algorithm"]["upload_every"] == 1
     assert often.replace(**{"algorithm.name": "fed_avg"}) == preset("smoke", "fed_avg", **WORDS)
-    for wrong, says in (({"upload_every": 0}, "at least 1"), ({"decay": 2.0}, "from 0 to 1"), ({"decay": "x"}, "float")):
+    wrongs = {"at least 1": {"upload_every": 0}, "from 0 to 1": {"decay": 2.0}, "of type float": {"decay": "x"}}
+    for says, wrong in wrongs.items():
         with pytest.raises(ValueError, match=says):
             settings_of("stale", **wrong)
     with pytest.raises(ValueError, match=r"did you mean 'upload_every'"):
