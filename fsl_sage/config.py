@@ -459,7 +459,13 @@ def _described(
 # %% ../nbs/15_config.ipynb #f647c4e1
 @dataclass(frozen=True)
 class Experiment:
-    "All that decides the numbers of a run, up to the device's rounding. `ValueError` names a field that is unfit."
+    """All that decides the numbers of a run, up to the device's rounding. `ValueError` names a field that is unfit.
+
+    >>> from fsl_sage import Experiment
+    >>> experiment = Experiment(num_clients=3)
+    >>> experiment.replace(**{"algorithm.name": "sglr", "rounds": 7}).rounds
+    7
+    """
 
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
@@ -600,7 +606,13 @@ def from_dict(
 ) -> Experiment:
     """The experiment described by plain values. `ValueError` names any field that is unknown or of the wrong type.
 
-    `MissingPluginError` if it needs a plug-in that is not loaded, or that has changed."""
+    `MissingPluginError` if it needs a plug-in that is not loaded, or that has changed.
+
+    >>> from fsl_sage import from_dict, preset
+    >>> experiment = preset("smoke", rounds=5)
+    >>> from_dict(experiment.to_dict()) == experiment
+    True
+    """
     wanted = tree.get("plugins") if isinstance(tree, dict) else None
     missing = [str(name) for name in wanted or () if name not in PLUGGED.values()]
     if missing:
@@ -656,7 +668,14 @@ def preset(
     algorithm: str = DEFAULT,  # one of `algorithms()`
     **changes: object,  # fields by dotted name, as for `Experiment.replace`
 ) -> Experiment:
-    "The experiment that `name` prescribes for `algorithm`, with `changes`. `ValueError` if a name or a value is unfit."
+    """The experiment that `name` prescribes for `algorithm`, with `changes`.
+
+    `ValueError` if a name or a value is unfit.
+
+    >>> from fsl_sage import preset
+    >>> preset("smoke", "fed_avg", **{"model.client.batch_size": 16}).model.client.batch_size
+    16
+    """
     presets = algorithms()[one_of("algorithm.name", algorithm, algorithms())].presets
     prescribed = presets[one_of("preset", name, presets)] | {"algorithm.name": algorithm}
     if changes.get("model.name", ModelConfig.name) != ModelConfig.name:

@@ -168,7 +168,15 @@ class Records:
 # %% ../nbs/01_ledger.ipynb #8e5202e5
 @dataclass
 class Ledger(Records):
-    "All transfers of a run (`Records`), and what they cost."
+    """All transfers of a run (`Records`), and what they cost.
+
+    >>> import torch
+    >>> from fsl_sage import Ledger
+    >>> ledger, labels = Ledger(), torch.zeros(8, dtype=torch.int64)
+    >>> received = ledger.link(rnd=0, client=1).up(smashed=torch.zeros(8, 16), labels=labels)
+    >>> ledger.bytes("paper")  # 8 · 16 numbers of 4 bytes; the papers count no labels
+    512
+    """
 
     _counted: int = 0  # transfers already in `_totals`
     _totals: Counter = field(default_factory=Counter)  # convention → bytes of the first `_counted` transfers

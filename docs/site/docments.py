@@ -11,6 +11,8 @@ from griffe import (
     DocstringParameter,
     DocstringReturn,
     DocstringSectionAttributes,
+    DocstringSectionExamples,
+    DocstringSectionKind,
     DocstringSectionParameters,
     DocstringSectionReturns,
     DocstringSectionText,
@@ -30,8 +32,10 @@ def comments(path: str) -> dict[str, str]:  # by parameter or field; "return" am
 def document(thing: Class | Function | Attribute, *sections: Any) -> None:
     "Give `thing` its docstring and the sections that have something in them."
     thing.docstring = thing.docstring or Docstring("", parent=thing)
-    text = [DocstringSectionText(thing.docstring.value)] if thing.docstring.value else []
-    thing.docstring.parsed = [*text, *(section for section in sections if section.value)]
+    said, prompt, example = thing.docstring.value.partition(">>> ")
+    text = [DocstringSectionText(said)] if said else []
+    examples = [DocstringSectionExamples([(DocstringSectionKind.examples, prompt + example)])] if example else []
+    thing.docstring.parsed = [*text, *(section for section in sections if section.value), *examples]
 
 
 class Docments(Extension):

@@ -56,8 +56,11 @@ class RoundCost(NamedTuple):
     aligned: tuple[str, ...] = ()  # bytes of models that come down in a round in which the client is aligned
 
 
-SIDE_BY_SIDE, IN_TURN, IN_STEP = "side by side", "in turn", "in step"  # how the clients' times make up a round's
-LOSS, GRADIENT = "loss", "gradient"  # what an auxiliary model is for: a loss of its own; the gradient at the cut
+SIDE_BY_SIDE = "side by side"  # how the clients' times make up a round's: the slowest decides
+IN_TURN = "in turn"  # likewise: their sum
+IN_STEP = "in step"  # likewise: the slowest of each step decides
+LOSS = "loss"  # what an auxiliary model is for: a loss of its own
+GRADIENT = "gradient"  # likewise: the gradient at the cut
 
 # %% ../../nbs/20_algorithms.record.ipynb #114740bd
 def begin(

@@ -150,6 +150,12 @@ def partition(
 
     Everyone gets ⌊N/m⌋ samples (noniid: `shard_num` shards of ⌊N/(shard_num·m)⌋ each); the remainder is not used.
     `ValueError` that names field, value and range if the samples do not suffice (FSL-SAGE and SGLR, experiments).
+
+    >>> import torch
+    >>> from fsl_sage import partition
+    >>> labels = torch.arange(100) % 10
+    >>> [len(part) for part in partition(labels, num_clients=3)]
+    [33, 33, 33]
     """
     y, n = labels.cpu().numpy(), len(labels)
     one_of("dataset.distribution", distribution, DISTRIBUTIONS)

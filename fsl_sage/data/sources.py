@@ -323,6 +323,11 @@ def load(
     """Find a data set, check it and put its images on `device`.
 
     `ValueError` if the name is unknown or a file is damaged, `FileNotFoundError` if it is nowhere to be found.
+
+    >>> from fsl_sage import load
+    >>> data = load("fmnist_mini")
+    >>> len(data.train), data.num_classes
+    (6000, 10)
     """
     require(image_size is None or image_size >= 1, "dataset.image_size", image_size, "None or at least 1")
     arrays, path = checked_arrays(name, data_root(root), download, image_size)

@@ -181,7 +181,17 @@ def dataset(
     mean: tuple[float, ...] = HALF,  # of each channel, or one for all; pixels from 0 to 1
     std: tuple[float, ...] = HALF,  # likewise
 ) -> Callable[[Callable[[Path], Arrays]], Callable[[Path], Arrays]]:
-    "Make `f(root) -> {x_train, y_train, x_test, y_test}` a data set; images uint8 (n, height, width[, channel])."
+    """Make `f(root) -> {x_train, y_train, x_test, y_test}` a data set; images uint8 (n, height, width[, channel]).
+
+    >>> import numpy as np
+    >>> from fsl_sage import dataset, load
+    >>> @dataset("black")
+    ... def black(root):
+    ...     images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2
+    ...     return {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    >>> load("black").num_classes
+    2
+    """
 
     def decorate(make: Callable[[Path], Arrays]) -> Callable[[Path], Arrays]:
         _check_call("dataset", make, "root")
@@ -202,7 +212,17 @@ def network(
     name: str,  # the word for `model.name`
     cut: str,  # the last layer of the client
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    "Make `f(in_channels, num_classes, image_size, width) -> nn.Module` a network that is cut after the layer `cut`."
+    """Make `f(in_channels, num_classes, image_size, width) -> nn.Module` a network that is cut after the layer `cut`.
+
+    >>> from torch import nn
+    >>> from fsl_sage import network, split_model
+    >>> @network("one_layer", cut="0")
+    ... def one_layer(in_channels, num_classes, image_size, width):
+    ...     pool = nn.AdaptiveAvgPool2d(1)
+    ...     return nn.Sequential(nn.Conv2d(in_channels, width, 3), pool, nn.Flatten(), nn.Linear(width, num_classes))
+    >>> len(list(split_model("one_layer", width=8).client.parameters()))
+    2
+    """
 
     def decorate(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         _check_call("network", build, "in_channels", "num_classes", "image_size", "width")
@@ -221,7 +241,16 @@ def auxiliary(
     name: str,  # of the network, one of the package's or your own
     size: str = "default",  # the word for `model.auxiliary.size`
 ) -> Callable[[Callable[[SplitModel], nn.Module]], Callable[[SplitModel], nn.Module]]:
-    "Make `f(split) -> nn.Module`, from smashed data to logits, an auxiliary model of the network `name`."
+    """Make `f(split) -> nn.Module`, from smashed data to logits, an auxiliary model of the network `name`.
+
+    >>> from torch import nn
+    >>> from fsl_sage import auxiliary, preset
+    >>> @auxiliary("resnet18", size="own_head")
+    ... def own_head(split):
+    ...     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10))
+    >>> preset("smoke", **{"model.auxiliary.size": "own_head"}).model.auxiliary.size
+    'own_head'
+    """
 
     def decorate(build: Callable[[SplitModel], nn.Module]) -> Callable[[SplitModel], nn.Module]:
         _check_call("auxiliary", build, "split")
@@ -251,7 +280,16 @@ def algorithm(
     name: str,  # the word for `algorithm.name`
     **record: Any,  # fields of `algorithms.record.Algorithm`: settings, label, style, init, cost, order, …
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    "Make `f(state, rnd, ledger) -> Metrics`, one round in place, an algorithm. Its own numbers are a `Settings`."
+    """Make `f(state, rnd, ledger) -> Metrics`, one round in place, an algorithm. Its own numbers are a `Settings`.
+
+    >>> from fsl_sage import algorithm, preset
+    >>> from fsl_sage.algorithms.base import Metrics
+    >>> @algorithm("idle", label="Idle")
+    ... def idle_round(state, rnd, ledger):
+    ...     return Metrics()
+    >>> preset("smoke", "idle").algorithm.name
+    'idle'
+    """
 
     def decorate(run_round: Callable[..., Any]) -> Callable[..., Any]:
         _check_call("algorithm", run_round, "state", "rnd", "ledger")
@@ -441,7 +479,17 @@ def load_plugins(
     paths: Iterable[str | Path] = (),  # Python files
     installed: bool = True,  # whether to load what installed packages offer, too
 ) -> list[str]:  # their tags, name@digest
-    "Make the parts of these files known by their names. `PluginError` if one cannot be loaded."
+    """Make the parts of these files known by their names. `PluginError` if one cannot be loaded.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from fsl_sage import load_plugins
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     mine = Path(folder, "mine.py")
+    ...     written = mine.write_text("from fsl_sage import dataset\\n\\n@dataset('mine')\\ndef mine(root): ...\\n")
+    ...     [tag.split("@")[0] for tag in load_plugins([mine], installed=False)]
+    ['mine']
+    """
     require(not isinstance(paths, str | Path), "plugins", str(paths), "a list of files, such as ['my.py']")
     points = entry_points(group=GROUP) if installed else ()
     return [load_entry_point(point) for point in points] + [load_file(path) for path in paths]

@@ -554,7 +554,17 @@ def _raise_first(failed: Sequence[Exception], asked: int) -> None:
 
 # %% ../../nbs/33_experiments.runs.ipynb #51613dd0
 class RunStore(StoredRuns):
-    "`StoredRuns` that more can be added to: `get` trains what is missing."
+    """`StoredRuns` that more can be added to: `get` trains what is missing.
+
+    >>> import tempfile
+    >>> from fsl_sage import RunStore, preset, train
+    >>> small = preset("smoke", rounds=1, **{"dataset.max_train": 96})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     saved = RunStore(folder).save(train(small, "cpu", progress=False), device="cpu")
+    ...     (history,) = RunStore(folder).get([small])  # trains what is missing; nothing is
+    >>> history.experiment == small
+    True
+    """
 
     def save(
         self,
@@ -611,7 +621,14 @@ class RunStore(StoredRuns):
 def tidy(
     histories: Sequence[History],
 ) -> pd.DataFrame:  # columns algorithm, label, seed, num_clients, dataset, hash, then those of `History.rounds`
-    "One row per run and round, a run that is given twice once. `ValueError` if there are none."
+    """One row per run and round, a run that is given twice once. `ValueError` if there are none.
+
+    >>> from fsl_sage import preset, tidy, train
+    >>> small = [preset("smoke", name, rounds=1, **{"dataset.max_train": 96}) for name in ("fsl_sage", "fed_avg")]
+    >>> runs = tidy([train(experiment, "cpu", progress=False) for experiment in small])
+    >>> runs[["algorithm", "seed", "round"]].values.tolist()
+    [['fsl_sage', 200, 0], ['fed_avg', 200, 0]]
+    """
     require(len(histories) > 0, "histories", list(histories), "one or more")
     tables = []
     for history in {(history.experiment, history.data): history for history in histories}.values():

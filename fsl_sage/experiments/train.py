@@ -85,7 +85,16 @@ ALIGNMENT_COLUMNS = (
 
 @dataclass(frozen=True)
 class History:
-    "What a run leaves behind."
+    """What a run leaves behind.
+
+    >>> from fsl_sage import History, preset, train
+    >>> small = preset("smoke", rounds=1, **{"dataset.max_train": 96})
+    >>> history = train(small, "cpu", progress=False)
+    >>> isinstance(history, History), history.stopped
+    (True, 'rounds')
+    >>> history.rounds["round"].tolist(), "smashed" in set(history.ledger["kind"])
+    ([0], True)
+    """
 
     experiment: Experiment
     rounds: pd.DataFrame  # columns as above, likewise below
@@ -306,7 +315,16 @@ Models = Callable[[], list[nn.Module]]  # gives copies of the models that are ev
 
 
 class Callback:
-    "Looks on while a run is made. Override what you need."
+    """Looks on while a run is made. Override what you need.
+
+    >>> from fsl_sage import Callback, preset, train
+    >>> class Tell(Callback):
+    ...     def round(self, row, models):
+    ...         print(f"round {row['round']}: {row['paper_bytes']} bytes")
+    >>> small = preset("smoke", "fed_avg", rounds=1, **{"dataset.max_train": 96})
+    >>> history = train(small, "cpu", progress=False, callbacks=[Tell()])
+    round 0: 4267632 bytes
+    """
 
     first_round: int = 0  # set before `start`: the first round it will see; rounds from there on may come again
     earlier: Sequence[dict[str, Any]] = ()  # set before `start`: the rows of the rounds before
@@ -536,7 +554,14 @@ def train_state(
     data: str | None = None,  # digest that the data set must have; None: any
     recorded: bool = False,  # play the steps from CUDA graphs; needs a GPU
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
-    "`train`, for those who want the trained models too."
+    """`train`, for those who want the trained models too.
+
+    >>> from fsl_sage import preset, train_state
+    >>> small = preset("smoke", rounds=1, **{"dataset.max_train": 96})
+    >>> history, state = train_state(small, device="cpu", progress=False)
+    >>> len(state.clients), len(state.servers)
+    (3, 1)
+    """
     device = choose_device(device)
     fine = f"False on {device.type}: CUDA graphs need a GPU"
     require(not recorded or device.type == "cuda", "recorded", recorded, fine)
@@ -591,6 +616,11 @@ def train(
 
     `DivergedError` when a loss is not finite, with the history so far; `ValueError` names a field that does not fit
     the data.
+
+    >>> from fsl_sage import preset, train
+    >>> small = preset("smoke", "fed_avg", rounds=1, **{"dataset.max_train": 96})
+    >>> train(small, device="cpu", progress=False).rounds["paper_bytes"].tolist()
+    [4267632]
     """
     options = {"callbacks": callbacks, "data": data, "recorded": recorded}
     return train_state(experiment, device, root, progress, in_flight, checkpoint, **options)[0]

@@ -160,7 +160,14 @@ def auxiliary_for(
     example_input: Tensor,  # (2 or more, …): images for the client
     budget_mb: float = 8.5,  # MiB the auxiliary model may have, buffers counted
 ) -> nn.Module:  # smashed data to logits
-    "The largest prefix of the server that fits, with pooling and a linear layer. `ValueError` if nothing fits."
+    """The largest prefix of the server that fits, with pooling and a linear layer. `ValueError` if nothing fits.
+
+    >>> import torch
+    >>> from fsl_sage import auxiliary_for, split_model
+    >>> split, images = split_model("resnet18", width=8), torch.zeros(2, 3, 32, 32)
+    >>> auxiliary_for(split, images, budget_mb=0.2)(split.client(images)).shape
+    torch.Size([2, 10])
+    """
     require(isinstance(split, SplitModel), "split", type(split).__name__, "a SplitModel, as SplitModel.cut makes")
     smashed, budget = evaluated(split.client, example_input), budget_mb * 2**20
     num_classes = evaluated(split.server, smashed).shape[-1]

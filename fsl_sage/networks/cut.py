@@ -423,7 +423,13 @@ class SplitModel(nn.Module):
 def cut_layers(
     module: nn.Module,  # the whole network
 ) -> list[str]:  # in the order of the forward pass; none if torch.fx cannot follow it
-    "Every layer that `SplitModel.cut` takes and that leaves the server something to do. `ValueError` if no module."
+    """Every layer that `SplitModel.cut` takes and that leaves the server something to do. `ValueError` if no module.
+
+    >>> from torch import nn
+    >>> from fsl_sage import cut_layers
+    >>> cut_layers(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+    ['0', '1']
+    """
     require(isinstance(module, nn.Module), "module", module, "a torch.nn.Module")
     try:
         graph = _trace(module, "")

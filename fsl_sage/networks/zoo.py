@@ -293,7 +293,14 @@ def split_model(
     width: int = 64,  # ≥ 1; 64: as published, others in proportion
     cut: str | None = None,  # the client's last layer, one of `cut_layers`; None: where its paper cuts it
 ) -> SplitModel:
-    "The network called `name`, freshly initialised and cut. `ValueError` for other numbers, or another layer."
+    """The network called `name`, freshly initialised and cut. `ValueError` for other numbers, or another layer.
+
+    >>> import torch
+    >>> from fsl_sage import split_model
+    >>> split = split_model("resnet18", in_channels=1, image_size=28, width=8, cut="layer2")
+    >>> split.client(torch.zeros(2, 1, 28, 28)).shape
+    torch.Size([2, 16, 4, 4])
+    """
     network = MODELS[one_of("model.name", name, MODELS)]
     for what, value in {"in_channels": in_channels, "num_classes": num_classes, "model.width": width}.items():
         require(isinstance(value, int) and value >= 1, what, value, "a whole number, at least 1")

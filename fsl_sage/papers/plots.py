@@ -258,7 +258,17 @@ def plot_curves(
 ) -> None:
     """Draw `y` over `x` for every method in `frame`, in the order of STYLES, then of the frame.
 
-    `ValueError` if there is no run."""
+    `ValueError` if there is no run.
+
+    >>> import pandas as pd
+    >>> from matplotlib.figure import Figure
+    >>> from fsl_sage import plot_curves
+    >>> runs = pd.DataFrame({"label": "FSL-SAGE", "seed": 200, "round": [0, 1], "test_accuracy": [0.1, 0.4]})
+    >>> ax = Figure().subplots()
+    >>> plot_curves(runs, "round", "test_accuracy", ax)
+    >>> [line.get_label() for line in ax.lines]
+    ['FSL-SAGE']
+    """
     require(not frame.empty, "frame", len(frame), "a table with at least one run")
     labels = [label for label in dict.fromkeys([*STYLES, *frame.label]) if label in set(frame.label)]
     for i, label in enumerate(labels):

@@ -55,7 +55,14 @@ def look(
     i: int,  # client, from 0
     rnd: int,  # round whose first batch is looked at
 ) -> Look:
-    "The true and the estimated gradient at client `i`'s cut. `ValueError` where there are no auxiliary models."
+    """The true and the estimated gradient at client `i`'s cut. `ValueError` where there are no auxiliary models.
+
+    >>> from fsl_sage import look, preset, watched_rounds
+    >>> small = preset("smoke", rounds=1, **{"dataset.max_train": 96})
+    >>> seen = [look(state, i=0, rnd=rnd) for rnd, state in watched_rounds(small, "cpu")]
+    >>> seen[-1].cut_grad.shape == seen[-1].smashed.shape
+    True
+    """
     fine = f"an algorithm with auxiliary models, not {state.experiment.algorithm.name!r}"
     require(len(state.auxes) > 0, "state", type(state).__name__, fine)
     client, server, aux = (deepcopy(part.model) for part in (state.clients[i], state.servers[0], state.auxes[i]))
@@ -72,7 +79,13 @@ def watched_rounds(
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> Iterator[tuple[int, State]]:  # round, from -1; the state after it, which the next round changes
-    "Run `experiment`'s rounds one by one, as `train` does, until its rounds or its budget end. Nothing is evaluated."
+    """Run `experiment`'s rounds one by one, as `train` does, until its rounds or its budget end. Nothing is evaluated.
+
+    >>> from fsl_sage import preset, watched_rounds
+    >>> small = preset("smoke", "fed_avg", rounds=2, **{"dataset.max_train": 96})
+    >>> [rnd for rnd, state in watched_rounds(small, "cpu")]
+    [-1, 0, 1]
+    """
     with arithmetic("fp32"):
         run = begin(experiment, choose_device(device), root, None, None)
     if run.done.next_round == 0:  # no warm start, which is a round -1

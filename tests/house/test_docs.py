@@ -99,10 +99,18 @@ def test_what_a_module_exports_is_in_the_api(site, pages, module):
 
 
 def test_comments_of_parameters_and_fields_are_tables(site):
-    text = (site / "api/config.html").read_text("utf-8")
+    text = "".join((site / f"api/{module}.html").read_text("utf-8") for module in ("config", "algorithms.sage"))
     rows = [re.sub(r"<.*?>|\s+", " ", row) for row in re.findall(r"<tr.*?</tr>", text, re.S)]
     assert any(re.search("align_interval .*int.* rounds between alignments", row) for row in rows)
     assert any(re.search("str .* 16 hexadecimal digits", row) for row in rows), "of what a function returns"
+
+
+def test_an_example_is_code_after_the_tables(site):
+    text = (site / "api/data.partition.html").read_text("utf-8")
+    own = text[text.index('id="fsl_sage.data.partition.partition"') :]
+    own = re.sub(r"<.*?>", "", own[: own.index("Source code in")])
+    said = ["Parameters:", "Returns:", "&gt;&gt;&gt; import torch", "[33, 33, 33]"]
+    assert sorted(said, key=own.index) == said
 
 
 def test_gallery_shows_every_picture(site, pages):
@@ -145,13 +153,13 @@ def test_search_finds_a_function_and_leads_to_it(site, served, window, how):
     window.keyboard.type("estimate_cut_grad")
     found = window.locator("a.md-search-result__link[href*='#fsl_sage.networks.auxiliary.estimate_cut_grad']")
     found.first.click()
-    window.wait_for_url("**/api/auxiliary.html*")
+    window.wait_for_url("**/api/networks.auxiliary.html*")
     heading = window.locator("[id='fsl_sage.networks.auxiliary.estimate_cut_grad']")
     assert heading.is_visible() and 0 <= heading.bounding_box()["y"] < 844
 
 
 def test_an_api_page_has_signature_table_and_source(site, window):
-    window.goto((site / "api/auxiliary.html").as_uri())
+    window.goto((site / "api/networks.auxiliary.html").as_uri())
     own = window.locator("[id='fsl_sage.networks.auxiliary.estimate_cut_grad']")
     part = window.locator(".doc-object", has=own).last
     assert "estimate_cut_grad" in part.locator("pre").first.inner_text()
