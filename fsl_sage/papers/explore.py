@@ -13,13 +13,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import Experiment
 from ..core import held_memory, one_of, require, tensor_bytes
 from .plots import STYLES, TEXT, new_figure
 from ..algorithms.all import ALGORITHMS, LABELS
-from ..costs.table import Costs, work_of
+from ..costs.table import Costs, CountFlops, work_of
 from ..networks.cut import SplitModel, cut_layers
 
 # %% ../../nbs/45_papers.explore.ipynb #cb89ef50
@@ -32,14 +31,14 @@ def client_costs(
     costs, handles = {}, []
 
     def note(name: str, smashed: Tensor) -> None:
-        flops, now = counter.get_total_flops() / len(x), sum(held.values())
+        flops, now = counter.flops / len(x), sum(held.values())
         costs[name] = {"client_flops": flops, "held_bytes": now, "smashed_bytes": tensor_bytes(smashed) / len(x)}
 
     try:
         for name in names:
             layer = module.get_submodule(name)
             handles.append(layer.register_forward_hook(lambda layer, inputs, out, name=name: note(name, out)))
-        with FlopCounterMode(display=False) as counter, held_memory(module) as held:
+        with CountFlops() as counter, held_memory(module) as held:
             module(x)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         message = f"input_shape={tuple(x.shape[1:])}: the network cannot be run on it without computing ({error})"
