@@ -33,6 +33,7 @@ from matplotlib.ticker import MaxNLocator
 from ..config import annotated
 from ..core import atomic_path, peak_memory, require
 from ..algorithms.all import ALGORITHMS, LABELS
+from .tables import save_table
 
 # %% ../../nbs/38_papers.plots.ipynb #3174f4ee
 COLOURS = (
@@ -446,9 +447,11 @@ def save_figure(
     about: Mapping[str, Any],  # what made it, in plain values: `RunStore.about(experiments)` or `runs.about_here()`
     *,
     preset: str,  # smoke, quick or paper
+    tables: Mapping[str, pd.DataFrame] | None = None,  # what is drawn, by suffix: NAME_SUFFIX.csv, without the index
+    texts: Mapping[str, pd.DataFrame] | None = None,  # tables to print, by suffix: NAME_SUFFIX.md and .tex
     formats: Iterable[str] = ("png", "pdf"),
 ) -> list[Path]:  # the files
-    """Save a figure in each format, and in `NAME.json` what it is and what made it; each file whole or not at all.
+    """Save a figure in each format, its tables, and in `NAME.json` what made it; each file whole or not at all.
 
     Of a notebook that is also its parameters, the command that remakes it, and what the notebook itself has cost.
 
@@ -471,4 +474,10 @@ def save_figure(
     with atomic_path(paths[-1]) as whole:
         facts = {**about, **_drawn(), "name": name, "alt": alt, "preset": preset}
         whole.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    for suffix, table in (tables or {}).items():
+        paths.append(Path(folder) / f"{name}_{suffix}.csv")
+        with atomic_path(paths[-1]) as whole:
+            table.to_csv(whole, index=False)
+    for suffix, table in (texts or {}).items():
+        paths += save_table(table, folder, f"{name}_{suffix}")
     return paths
