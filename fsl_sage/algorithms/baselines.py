@@ -63,6 +63,11 @@ class FedAvgSettings(Settings):
         return " (shared server)" if self.share_server else ""
 
 
+def _shared(state: State) -> bool:
+    "Whether all clients hold one upper half; not in algorithms with other settings, which may call these functions."
+    return getattr(state.experiment.algorithm, "share_server", False)
+
+
 def init_fed_avg(
     experiment: Experiment,
     data: Sequence[LocalData],  # one a client
@@ -70,7 +75,7 @@ def init_fed_avg(
 ) -> State:
     "A whole network at every client; with `share_server` all of them hold one and the same upper half."
     state = State(**init_parts(experiment, data, servers=len(data)))
-    if experiment.algorithm.share_server:
+    if _shared(state):
         shared, config = state.servers[0].model, experiment.model.server.optimizer
         own = (config, experiment.rounds, experiment.precision)  # an optimiser a client
         state.servers = [make_part(shared, *own) for _ in state.servers]
@@ -90,7 +95,7 @@ def fed_avg_round(
         for s, x, y in state.batches(i, rnd):
             metrics.loss(i, s, whole_step(state.clients[i], state.servers[i], x, y))
 
-    if state.experiment.algorithm.share_server:
+    if _shared(state):
         for i in state.present:  # each goes on from where the one before left the shared half
             train_locally(i)
     else:
