@@ -5,9 +5,11 @@ import configparser
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -56,7 +58,7 @@ def advising(path):
     """The texts of a module that tell what to do, but docstrings and the help of command lines."""
     tree, skipped = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list) and isinstance(node.body[0], ast.Expr):
+        if isinstance(getattr(node, "body", None), list) and node.body and isinstance(node.body[0], ast.Expr):
             skipped.add(node.body[0].value)
         if isinstance(node, ast.Call):
             helped = [word.value for word in node.keywords if word.arg in ("help", "description", "epilog")]
@@ -159,17 +161,18 @@ def another_module_name(tmp_path):
     """A plug-in's module is called like one that this session has from elsewhere."""
     part = "from fsl_sage import dataset\n\n\n@dataset('d_{0}')\n" \
            "def d(root):\n    return {{}}\n"  # fmt: skip
-    (tmp_path / "colorsys.py").write_text("X = 1\n")
-    import colorsys  # noqa: F401
+    (tmp_path / "shapes.py").write_text("X = 1\n")
+    sys.modules["shapes"] = ModuleType("shapes")  # the session has another of this name
 
     path = tmp_path / "plug.py"
-    path.write_text("import colorsys\n" + part.format(1))
+    path.write_text("import shapes\n" + part.format(1))
     with pytest.raises(PluginError, match="rename the plug-in's module"):
         load_plugins([path], installed=False)
-    (tmp_path / "colorsys.py").rename(tmp_path / "colorsys_mine.py")
-    path.write_text("import colorsys_mine\n" + part.format(1))
+    (tmp_path / "shapes.py").rename(tmp_path / "shapes_mine.py")
+    path.write_text("import shapes_mine\n" + part.format(1))
     load_plugins([path], installed=False)
     plugins.forget(str(path))
+    del sys.modules["shapes"]
 
 
 def a_home(tmp_path):
