@@ -6,8 +6,8 @@
 __all__ = ['COLOURS', 'STYLES', 'OTHERS', 'AXES', 'SIZE_WORDS', 'KINDS', 'STACK', 'COLUMN', 'TEXT', 'LOOK', 'ALONG',
            'FAMILY_MARKERS', 'DATA_SETS', 'PLACES', 'DPI', 'new_figure', 'despine', 'panel_letters', 'interval',
            'spread_words', 'over_seeds', 'points', 'paired', 'plot_paired', 'style_of', 'plot_curves', 'level',
-           'legend_below', 'plot_family', 'median_reach', 'mark_target', 'mark_budget', 'stamp', 'setting_words',
-           'sticks_out', 'card', 'save_figure']
+           'legend_below', 'plot_family', 'median_reach', 'mark_target', 'mark_budget', 'box', 'arrow', 'key_below',
+           'stamp', 'setting_words', 'sticks_out', 'card', 'save_figure']
 
 # %% ../../nbs/38_papers.plots.ipynb #976034ea
 import json
@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
 from ..config import annotated
@@ -364,6 +365,49 @@ def mark_budget(
     ax.axvline(value, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
     place = {"xytext": (-2, -1), "textcoords": "offset points", "fontsize": "x-small", "rotation": 90}
     ax.annotate(words, (value, 1), xycoords=("data", "axes fraction"), ha="right", va="top", **place)
+
+# %% ../../nbs/38_papers.plots.ipynb #5d1f7a23
+def box(
+    ax: Axes,
+    place: tuple[float, float, float, float],  # left, bottom, width, height, in the unit of the axes
+    words: str,
+    edge: str,  # colour
+    face: str = "white",  # colour
+    pad: float = 0.05,  # how far the rounded edge lies outside of `place`
+    size: float = LOOK["font.size"],  # points, of the words
+) -> None:
+    "Draw a rounded box with words in its middle."
+    left, bottom, wide, high = place
+    round_box = FancyBboxPatch((left, bottom), wide, high, boxstyle=f"round,pad={pad}", facecolor=face, edgecolor=edge)
+    ax.add_patch(round_box)
+    ax.text(left + wide / 2, bottom + high / 2, words, ha="center", va="center", fontsize=size)
+
+
+def arrow(
+    ax: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    color: str,
+    style: str | tuple[float, Sequence[float]] = "-",  # of the line, as matplotlib has it
+    head: str = "-|>",  # as matplotlib's arrowstyle
+    width: float = 1.4,  # points, of the line
+    size: float = 9,  # points, of the head
+) -> None:
+    "Draw an arrow that ends exactly where it is told."
+    look = {"arrowstyle": head, "mutation_scale": size, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
+    ax.add_patch(FancyArrowPatch(start, end, color=color, linestyle=style, **look))
+
+
+def key_below(
+    figure: Figure,
+    ax: Axes,  # with the arrows
+    key: Mapping[str, tuple[str, Any]],  # what a kind of arrow means → its colour and style
+    columns: int,
+) -> None:
+    "The meaning of arrows, below the figure."
+    for words, (color, style) in key.items():
+        ax.plot([], [], color=color, linestyle=style, linewidth=1.8, label=words)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
 
 # %% ../../nbs/38_papers.plots.ipynb #f821f830
 def stamp(
