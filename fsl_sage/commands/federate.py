@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['APP', 'PYPROJECT', 'Config', 'QUIET', 'ANY', 'ROUND', 'ANSWERS', 'ABOUT', 'WORDS', 'CLIENTS', 'PATIENCE', 'toml',
            'write_app', 'Programs', 'server_tls', 'client_tls', 'known_server', 'Commands', 'wait_for', 'Federation',
-           'federation', 'run_config', 'follow', 'shown', 'refusals', 'asked', 'local', 'tell', 'split', 'certs',
-           'has_files', 'server', 'stay', 'client', 'interruptible', 'main']
+           'federation', 'run_config', 'follow', 'shown', 'refusals', 'asked', 'local', 'print_line', 'split', 'certs',
+           'has_files', 'server', 'keep_asking', 'client', 'interruptible', 'main']
 
 # %% ../../nbs/62_commands.federate.ipynb #5058ceb4
 import argparse
@@ -341,7 +341,7 @@ def refusals(
                 last = over.wait(1)
                 for text in lines:
                     if text.startswith("gate: "):
-                        tell(text.rstrip())
+                        print_line(text.rstrip())
                 if last:
                     return
 
@@ -381,7 +381,7 @@ def local(args: argparse.Namespace, words: Sequence[str]) -> None:
         with federation(folder, nodes, temporary=True) as here:
             told = run_config(job.experiment, device, args.patience, job.options.data_root)
             run = here.submit(told | {"anew": True})  # the clients' files of an earlier run are gone
-            tell(follow(here.said(run), job.experiment.rounds))
+            print_line(follow(here.said(run), job.experiment.rounds))
     except RuntimeError as error:
         failed = True
         raise RuntimeError(f"{error}; what the programs said is in {folder}") from error
@@ -390,7 +390,7 @@ def local(args: argparse.Namespace, words: Sequence[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def tell(
+def print_line(
     folder: Path,  # of a stored run
 ) -> None:
     "Say where a run is."
@@ -435,12 +435,12 @@ def server(args: argparse.Namespace, words: Sequence[str]) -> None:
                 print(f"the server listens at {args.host}:{args.port} for {args.clients} clients", file=sys.stderr)
                 run = here.submit(run_config(job.experiment, job.options.device, args.patience, job.options.data_root))
                 stored = follow(here.said(run), job.experiment.rounds)
-            tell(stored)
+            print_line(stored)
         except RuntimeError as error:
             raise RuntimeError(f"{error}; what the programs said is in {here.folder}") from error
 
 # %% ../../nbs/62_commands.federate.ipynb #cef0fd17
-def stay(
+def keep_asking(
     ask: Callable[[], Any],  # knocks at the server's gate
     start: Callable[[], subprocess.Popen],  # a node
     here: Federation,
@@ -478,7 +478,7 @@ def client(args: argparse.Namespace, words: Sequence[str]) -> None:
         print(said, file=sys.stderr)
         ca, key = (own / "ca.pem", own_key(own)) if own else (None, None)
         ask = partial(knock, args.server, ca, key)
-        stay(ask, lambda: here.node(args.client, config, args.server, own, args.patience), here, args.patience)
+        keep_asking(ask, lambda: here.node(args.client, config, args.server, own, args.patience), here, args.patience)
 
 # %% ../../nbs/62_commands.federate.ipynb #355bc9c4
 ABOUT = """\

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT', 'KEPT', 'LOCK', 'overview', 'fields_of', 'chosen', 'list_runs', 'find_run', 'show_run', 'compare_runs',
-           'why_prunable', 'prunable', 'prune', 'import_runs', 'answer', 'export_runs', 'main']
+           'why_prunable', 'prunable', 'prune', 'import_runs', 'text_for', 'export_runs', 'main']
 
 # %% ../../nbs/60_commands.runs.ipynb #da522c05
 import argparse
@@ -300,7 +300,7 @@ def import_runs(
     return "\n".join(lines)
 
 # %% ../../nbs/60_commands.runs.ipynb #8ef9f0b9
-def answer(
+def text_for(
     args: argparse.Namespace,  # as the parser gives them
 ) -> str:
     "What the command prints. `StoreError` if the store cannot be used, `ValueError` for a wrong argument."
@@ -337,7 +337,7 @@ def main(
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        print(printable_lines(answer(args)))
+        print(printable_lines(text_for(args)))
     except BrokenPipeError:
         raise
     except StoreError as error:

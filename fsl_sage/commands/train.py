@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'HELP', 'TEXT', 'MANY', 'Options', 'explained', 'help_text', 'schema', 'filled', 'keys_of', 'all_keys',
            'choices', 'check_key', 'check_override', 'pairs_of', 'words_of', 'is_here', 'beginning', 'Job', 'job_of',
-           'jobs_of', 'train_job', 'hydra_job', 'failure', 'launch', 'go_on', 'comparison', 'described', 'swallowed',
+           'jobs_of', 'train_job', 'hydra_job', 'failure', 'launch', 'run_rest', 'comparison', 'described', 'swallowed',
            'run', 'export', 'on_terminal', 'main']
 
 # %% ../../nbs/59_commands.train.ipynb #80a7830d
@@ -595,10 +595,10 @@ def launch(
             sys.argv = before
             os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
         why = {path.stem: path.read_text("utf-8") for path in Path(folder).glob("*.failed")}
-    return why | go_on([job for job in jobs if job.experiment.hash not in why], hydra_words) if broken else why
+    return why | run_rest([job for job in jobs if job.experiment.hash not in why], hydra_words) if broken else why
 
 
-def go_on(
+def run_rest(
     jobs: Sequence[Job],
     hydra_words: Sequence[str],  # which may say how many at a time
 ) -> dict[str, str]:  # hash → why the run failed

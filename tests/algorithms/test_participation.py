@@ -12,7 +12,7 @@ from fsl_sage.algorithms.state import FixedData, State
 from fsl_sage.commands.train import comparison, help_text, jobs_of
 from fsl_sage.config import PRESETS, ClockConfig, Experiment, preset
 from fsl_sage.core import tensor_bytes, weighted_average
-from fsl_sage.costs.clock import Speed, attendances, attended_seconds, latency, simulated_seconds, speeds
+from fsl_sage.costs.clock import Speed, attendances, attended_seconds, client_latency, simulated_seconds, speeds
 from fsl_sage.costs.table import Costs, costs_of
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.train import register_of, set_up, train, train_state
@@ -166,7 +166,7 @@ def test_what_is_sent_is_what_was_planned(algorithm):
     state, ledger = federation(algorithm, sizes, participation=0.6, clock=clock, **more), Ledger()
     costs, of = costs_of(state), speeds(clock, 4)
     everyone = next(attendances(state.experiment.replace(participation=1), sizes, costs)).works
-    limit = sorted(latency(work, of[work.client], clock.server_flops) for work in everyone)[2]
+    limit = sorted(client_latency(work, of[work.client], clock.server_flops) for work in everyone)[2]
     experiment = state.experiment = state.experiment.replace(**{"clock.deadline": 1.01 * limit})
     planned, absent = {}, 0
     for attendance in attendances(experiment, sizes, costs):
@@ -239,7 +239,7 @@ def test_a_straggler_is_never_begun_with_and_nobody_waits_for_it():
     register = register_of(set_up(experiment), clock=True)
     (attendance, *_) = attendances(experiment, register.samples, register.costs)
     of = speeds(experiment.clock, 4)
-    takes = [latency(work, of[work.client], experiment.clock.server_flops) for work in attendance.works]
+    takes = [client_latency(work, of[work.client], experiment.clock.server_flops) for work in attendance.works]
     slowest, limit = takes.index(max(takes)), sorted(takes)[-2]
     history, state = train_state(experiment.replace(**{"clock.deadline": limit}), "cpu", progress=False)
     assert slowest not in state.present and set(history.rounds.participants) == {3}

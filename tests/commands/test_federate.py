@@ -347,7 +347,7 @@ def test_a_client_that_is_not_let_in_is_told_why_and_knocks_again(tmp_path, caps
         raise reasons.pop(0) if len(reasons) > 1 else reasons[0]
 
     with Processes(tmp_path) as processes, pytest.raises(RuntimeError, match=f"unknown key; .*{tmp_path.name}"):
-        federate.stay(ask, lambda: pytest.fail("a node was started"), Federation(processes), patience=0.3)
+        federate.keep_asking(ask, lambda: pytest.fail("a node was started"), Federation(processes), patience=0.3)
     said = capsys.readouterr().err
     assert said.count("nobody listens") == 1 == said.count("unknown key; trying again")
 
@@ -365,7 +365,7 @@ def test_a_node_that_ends_is_started_again(tmp_path, capsys):
             raise Refused("no more")
 
     with Processes(tmp_path) as processes, pytest.raises(RuntimeError, match="no more"):
-        federate.stay(ask, Ended, Federation(processes), patience=0.3)
+        federate.keep_asking(ask, Ended, Federation(processes), patience=0.3)
     assert len(started) == 2 and "the node has ended with status 1" in capsys.readouterr().err
 
 

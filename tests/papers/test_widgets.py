@@ -8,7 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
 
-from fsl_sage.papers.widgets import Choice, play, sliders, when_watched
+from fsl_sage.papers.widgets import Choice, sliders, when_watched, with_sliders
 
 drawn = []
 
@@ -31,7 +31,7 @@ def test_the_picture_is_there_with_and_without_widgets(widgets, monkeypatch):
         monkeypatch.setitem(sys.modules, "ipywidgets", None)  # importing it fails
     drawn.clear()
     with capture_output() as shown:
-        play(draw, power=Choice([1, 2, 3], 2))
+        with_sliders(draw, power=Choice([1, 2, 3], 2))
     note, picture = (output.data for output in shown.outputs)
     assert "sliders for: power" in note["text/html"] and "Figure" in picture["text/plain"]
     assert drawn == [2] and plt.get_fignums() == []
@@ -59,4 +59,4 @@ def test_nobody_watches_where_no_browser_is():
 )
 def test_mistakes(choices, says):
     with pytest.raises(ValueError, match=says):
-        play(lambda **_: Figure(), **choices)
+        with_sliders(lambda **_: Figure(), **choices)
