@@ -341,7 +341,7 @@ def refusals(
                 last = over.wait(1)
                 for text in lines:
                     if text.startswith("gate: "):
-                        print_line(text.rstrip())
+                        tell(text.rstrip())
                 if last:
                     return
 
