@@ -76,7 +76,7 @@ def step_env(args: argparse.Namespace) -> None:
 
     found = {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
     names = ("torchvision", "numpy", "pandas", "PIL", "safetensors", "joblib", "filelock", "platformdirs", "matplotlib")
-    modules = ("training", "runs", "comparison", "oracle", "clock")
+    modules = ("experiments.train", "experiments.runs", "papers.comparison", "papers.oracle", "costs.clock")
     for name in (*names, *(f"fsl_sage.{module}" for module in modules)):
         start = time.perf_counter()
         try:

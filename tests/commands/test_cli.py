@@ -237,7 +237,10 @@ def test_sweeps_through_the_launcher_keep_their_text(store, tmp_path, capsys):
         assert store.find(experiment.replace(**{"dataset.name": name})) is not None
 
 
-@pytest.mark.parametrize("words", [("cli", "--help"), ("cli", "--cfg", "preset=smoke"), ("runs_cli", "list")])
+WORDS = ("commands.train", "--help"), ("commands.train", "--cfg", "preset=smoke"), ("commands.runs", "list")
+
+
+@pytest.mark.parametrize("words", WORDS)
 def test_a_closed_pipe_ends_a_command_quietly(tmp_path, words):
     code = f"import sys\nfrom fsl_sage.{words[0]} import main\nsys.exit(main({words[1:]}))"
     read, write = os.pipe()
