@@ -38,7 +38,7 @@ setup(
     ],
     python_requires=f">={settings['min_python']},<3.14",
     packages=find_packages(include=["fsl_sage*"]),
-    package_data={"fsl_sage": ["embedded/*"]},
+    package_data={"fsl_sage": ["py.typed", "embedded/*"]},
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[f"{name}_requirements"].split() for name in EXTRAS},
     entry_points={

@@ -16,7 +16,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from importlib import import_module
@@ -36,7 +36,7 @@ def setting(
     least: float | None = None,  # of a number; None: no bound
     most: float | None = None,  # likewise
     words: str = "",  # the range in words; empty: "at least 1", "a number from 0 to 1"
-    among: Sequence[str] = (),  # of a text: what it may be
+    among: Collection[str] = (),  # of a text: what it may be
 ) -> Any:  # a field of a dataclass
     "A field of an algorithm's settings, with its range."
     bounds = -math.inf if least is None else least, math.inf if most is None else most
@@ -64,6 +64,10 @@ class Settings:
     loss = "cross_entropy"  # of training, one of `networks.part.LOSSES`
     first_round = 0  # -1: one round of another kind before round 0
     variant = ""  # what a legend adds to the algorithm's name
+
+    if typing.TYPE_CHECKING:  # an algorithm reads its own fields from `Experiment.algorithm`
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __post_init__(self):
         _check_types(self, "algorithm.")
@@ -137,11 +141,11 @@ def _of_parts(
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in parts:
             return None
-        parts = [part for part in parts if part is not type(None)]
-        for part in parts[:-1]:
+        *others, last = [part for part in parts if part is not type(None)]
+        for part in others:
             with suppress(ValueError):
                 return _build(part, value, path)
-        return _build(parts[-1], value, path)
+        return _build(last, value, path)
     if origin is dict:
         require(isinstance(value, dict), path, value, "a table")
         return {_build(parts[0], key, path): _build(parts[1], entry, f"{path}.{key}") for key, entry in value.items()}
@@ -159,7 +163,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         return _number(kind, value, path)
     if kind is Settings:
         return _of_settings(value, path)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return _of_fields(kind, value, path)
     if typing.get_origin(kind) or kind in (list, tuple, dict):
         return _of_parts(kind, value, path)
@@ -563,14 +567,15 @@ def _settle_participation(experiment: Experiment) -> None:
 # %% ../nbs/15_config.ipynb #10ae91e8
 def _dataclass_in(hint: Any) -> type | None:
     "The dataclass that a field of this type is, or may be."
-    return next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
+    return next(filter(is_dataclass, kinds), None)
 
 
 def _put(
     tree: dict[str, Any],  # plain values, changed in place
     kind: type,  # the dataclass that they describe
     path: str,  # dotted name
-    value: object,  # a table changes the fields that it names
+    value: Any,  # a table changes the fields that it names
     above: str = "",  # dotted names above the tree
 ) -> None:
     "Write `value` at `path`. `ValueError` if there is no such field."
@@ -585,12 +590,12 @@ def _put(
         for field, entry in ({rest: value} if rest else value).items():
             _put(tree[name], below, field, entry, f"{above}{name}.")
     else:
-        tree[name] = asdict(value) if is_dataclass(value) else value
+        tree[name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _changed(experiment: Experiment, changes: dict[str, object]) -> Experiment:
     "`experiment` with `changes` by dotted name: a branch before its fields."
-    tree = experiment.to_dict(whole=True) | experiment._given
+    tree = experiment.to_dict(whole=True) | experiment._given  # type: ignore[attr-defined]
     tree.pop("plugins")  # they follow from the parts
     for path, value in sorted(changes.items(), key=lambda change: change[0].count(".")):
         _put(tree, Experiment, path, value)
@@ -627,7 +632,7 @@ def from_dict(
 
 # %% ../nbs/15_config.ipynb #0e5e16d8
 OWN_CUT = {"quick": {"model.cut": "layer3", "model.auxiliary.size": "one_block"}}  # of ResNet-18
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "dataset.max_train": 600, "dataset.max_test": 200, "model.width": 8, "model.client.batch_size": 32,
         "num_clients": 3, "rounds": 3,

@@ -122,7 +122,8 @@ def generator(
 # %% ../nbs/00_core.ipynb #5b2777f3
 def _positions(generators: Sequence[torch.Generator]) -> list[object]:
     "How far PyTorch's, NumPy's and Python's global streams have come."
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002, the one that layers may use
+    state: Any = np.random.get_state()  # noqa: NPY002, the one that layers may use
+    name, keys, *rest = state
     return [*(g.get_state().numpy().tobytes() for g in generators), name, keys.tobytes(), *rest, random.getstate()]
 
 
@@ -157,7 +158,7 @@ DTYPE = torch.float32  # of the parameters and images of a run; tests set it to 
 def _change(
     undo: ExitStack,  # gets what restores the setting
     get: Callable[[], Any],
-    put: Callable[[Any], None],
+    put: Callable[[Any], Any],
     value: Any,
 ) -> None:
     "Set one setting, unless it has this value."
@@ -181,12 +182,12 @@ def _leave_autocast(undo: ExitStack) -> None:
 
 # %% ../nbs/00_core.ipynb #ec21d2de
 def _switches() -> list[Any]:  # those of a GPU first
-    b = torch.backends
+    b: Any = torch.backends
     return [b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn]
 
 
 def _restore_switches(before: list[str]) -> None:
-    b = torch.backends
+    b: Any = torch.backends
     for place, value in zip(_switches(), before, strict=True):
         if place not in (b.cudnn.conv, b.cudnn.rnn):  # which never follow their parent, unless told to
             place.fp32_precision = "none"  # as its parent says

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import safetensors.torch
@@ -77,7 +77,7 @@ class Link:
     round: int  # from 0; -1 before
     client: int  # 0 … n_clients - 1
 
-    def _send(self, direction: str, message: dict) -> dict | Tensor | tuple:
+    def _send(self, direction: str, message: dict) -> Any:
         named = {}
         require(len(message) > 0, "message", message, "of one tensor or model at least, by kind")
         for kind, value in message.items():
@@ -95,14 +95,14 @@ class Link:
     def up(
         self,
         **message: nn.Module | dict[str, Tensor] | Tensor,  # a model, its state dict or a tensor, by kind
-    ) -> dict | Tensor | tuple:  # what the server receives, in the same order
+    ) -> Any:  # what the server receives: a tensor or a state dict; of several kinds a tuple, in the same order
         "Client → server: one message. `ValueError` if it is empty or of an unknown kind."
         return self._send("up", message)
 
     def down(
         self,
         **message: nn.Module | dict[str, Tensor] | Tensor,  # a model, its state dict or a tensor, by kind
-    ) -> dict | Tensor | tuple:  # what the client receives, in the same order
+    ) -> Any:  # what the client receives: a tensor or a state dict; of several kinds a tuple, in the same order
         "Server → client: one message. `ValueError` if it is empty or of an unknown kind."
         return self._send("down", message)
 
@@ -158,7 +158,7 @@ class Records:
         rnd: int,  # round, from 0; -1 before
         clients: Iterable[int],  # who receives it
         **message: nn.Module | dict[str, Tensor] | Tensor,  # one value, by kind
-    ) -> dict[int, dict | Tensor]:  # what each client receives
+    ) -> dict[int, Any]:  # what each client receives: a tensor or a state dict
         "Server → several clients: the same message to all; to all but the first it is a `copy` of it."
         ((kind, value),) = message.items()
         return {
@@ -239,7 +239,7 @@ def table6_seconds(
     compute: float,  # T, seconds
     rate: float,  # R, bytes per second
     n_clients: int,  # |C|
-    **sizes: float,  # as for `table6_bytes`
+    **sizes: Any,  # as for `table6_bytes`
 ) -> float:  # seconds of one epoch
     "Training time of one epoch; PSL's clients share the rate, as printed. `ValueError` as above (SGLR, Table 6)."
     share = 1 if method == "PSL" else n_clients

@@ -6,6 +6,9 @@
 __all__ = ['ALGORITHMS', 'LABELS', 'CONTROLS', 'cost_words']
 
 # %% ../../nbs/25_algorithms.all.ipynb #dd36cf01
+from collections.abc import Mapping
+from typing import Any
+
 from .baselines import CENTRALISED, CSE_FSL, FED_AVG, PSL, SFL, SPLITFED_MS, SPLITFED_SS, SSL
 from .controls import FIXED_AUXILIARY, FROZEN_CLIENT, TRUE_GRADIENT
 from .record import Algorithm
@@ -32,7 +35,7 @@ def cost_words(
         return dict.fromkeys(("client", "server", "up", "down"), "not known")
     cost = record.cost
 
-    def sum_of(amounts: dict, *models: str) -> str:
+    def sum_of(amounts: Mapping[str, Any], *models: str) -> str:
         terms = [f"{amount.words} {name}".strip() for name, amount in amounts.items()]
         return " + ".join(term.removesuffix("_bytes") for term in (*terms, *models))
 

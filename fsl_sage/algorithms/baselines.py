@@ -11,6 +11,7 @@ __all__ = ['CENTRALISED', 'FED_AVG', 'EXCHANGE', 'SPLITFED', 'SPLITFED_SS', 'SPL
 # %% ../../nbs/21_algorithms.baselines.ipynb #cf6fe3d8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class FedAvgSettings(Settings):
         require(not self.share_server, "algorithm.share_server", True, fine)
 
     @property
-    def variant(self) -> str:
+    def variant(self) -> str:  # type: ignore[override]
         return " (shared server)" if self.share_server else ""
 
 
@@ -139,7 +140,8 @@ def splitfed_round(
     return metrics
 
 
-EXCHANGE = {"up": {"smashed": EACH}, "down": {"smashed": EACH}}  # smashed data for its gradient, at every step
+# Smashed data for its gradient, at every step.
+EXCHANGE: dict[str, Any] = {"up": {"smashed": EACH}, "down": {"smashed": EACH}}
 SPLITFED = RoundCost({"client": EACH}, {"exact": EACH}, averaged=("client_bytes",), **EXCHANGE)
 SPLITFED_SS = Algorithm(
     "sl_single_server", splitfed_round, "SplitFed-SS", {"color": "#d55e00", "marker": "*", "linestyle": (0, (1, 1))},
@@ -239,7 +241,7 @@ def last_client(
     return [SplitModel(state.clients[state.present[-1]].model, state.servers[0].model)]
 
 
-EXCHANGE_AND_MODEL = {way: amounts | {"client_bytes": ONCE} for way, amounts in EXCHANGE.items()}
+EXCHANGE_AND_MODEL: dict[str, Any] = {way: amounts | {"client_bytes": ONCE} for way, amounts in EXCHANGE.items()}
 SSL = Algorithm(
     "ssl", ssl_round, style={"color": "#4d1a00", "marker": "D", "linestyle": (0, (8, 2, 1, 2))},
     settings=SplitSettings, evaluation_models=last_client, starts=(), order=IN_TURN,

@@ -23,7 +23,7 @@ from .base import Metrics, aggregate, arrivals
 from .state import LocalData, State
 from .fleet import Fleet
 from ..ledger import Ledger
-from .sage import SAGE_COST, client_steps
+from .sage import SAGE_COST, SageState, client_steps
 from ..networks.cut import SplitModel
 from ..networks.part import server_step
 
@@ -75,7 +75,7 @@ def with_mean_statistics(
 
 # %% ../../nbs/23_algorithms.controls.ipynb #f2fdec7a
 def fixed_auxiliary_round(
-    state: State,
+    state: SageState,
     rnd: int,  # round
     ledger: Ledger,
 ) -> Metrics:

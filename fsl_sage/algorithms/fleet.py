@@ -81,7 +81,7 @@ def _at_rest(
     rest, start = {}, 0
     for (name, tensor), size in zip(tensors.items(), sizes, strict=True):
         view = torch.empty(0, dtype=tensor.dtype)
-        view.set_(storage, start // tensor.element_size(), tensor.shape, tensor.stride())
+        view.set_(storage, start // tensor.element_size(), tensor.shape, tensor.stride())  # type: ignore[arg-type]
         rest[name], start = view.copy_(tensor.detach()), start + size
     return rest
 
@@ -139,7 +139,7 @@ class Fleet(Sequence[Part]):
     def __len__(self) -> int:
         return self._n
 
-    def __getitem__(self, i: int) -> Part:
+    def __getitem__(self, i: int) -> Part:  # type: ignore[override]  # no slices
         i = range(self._n)[i]
         with self._lock:
             if i not in self._working:

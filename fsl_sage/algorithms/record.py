@@ -81,7 +81,7 @@ class Algorithm(NamedTuple):
     "All that there is to say about an algorithm."
 
     name: str  # the word for `algorithm.name`
-    run_round: Callable[[State, int, Ledger], Metrics]  # one round, in place
+    run_round: Callable[[Any, int, Ledger], Metrics]  # one round of its own state, in place
     label: str = ""  # in legends and tables; empty: the name
     style: Mapping[str, Any] = {}  # of its curves: Matplotlib's color, marker, linestyle; empty: the next that is free
     settings: type[Settings] = Settings  # its own numbers

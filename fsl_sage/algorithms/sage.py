@@ -42,7 +42,7 @@ class SageSettings(UploadSettings):
     warm_start: bool = False  # one round of CSE-FSL before round 0
 
     @property
-    def first_round(self) -> int:
+    def first_round(self) -> int:  # type: ignore[override]
         return -int(self.warm_start)
 
     def aligns(self, rnd: int) -> bool:

@@ -10,10 +10,11 @@ __all__ = ['MIXING_MODES', 'AVERAGE_PHASES', 'MIXES', 'SGLR', 'SglrSettings', 's
 
 # %% ../../nbs/24_algorithms.sglr.ipynb #cf6a8667
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .baselines import PSL, JointSettings
 from .record import Algorithm
-from ..config import SGLR_PRESETS, Experiment, forget, setting
+from ..config import SGLR_PRESETS, Experiment, Settings, forget, setting
 from ..core import generator, random_stream, require
 from .base import Metrics, broadcast, one_per_client
 from .state import LocalData, State, init_parts, make_part
@@ -81,7 +82,7 @@ def server_rate(
 
 # %% ../../nbs/24_algorithms.sglr.ipynb #c700e15e
 def fraction_now(
-    config: SglrSettings,
+    config: Settings,  # SGLR's
     rnd: int,  # round, from 0
     rounds: int,  # of the whole training
 ) -> float:  # φ in this round, in [0, 1]
@@ -166,7 +167,7 @@ MIXES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }  # (smashed, labels, classes, random stream) → the server's input and labels
 
 # %% ../../nbs/24_algorithms.sglr.ipynb #d363e427
-def _readers(model: nn.Module, smashed: Tensor, layers: Sequence[nn.Module]) -> list[nn.Module]:
+def _readers(model: nn.Module, smashed: Tensor, layers: Iterable[nn.Module]) -> list[nn.Module]:
     "Those of `layers` whose input is the smashed data itself. `ValueError` if there is none."
     found: list[nn.Module] = []
 
@@ -184,7 +185,7 @@ def _readers(model: nn.Module, smashed: Tensor, layers: Sequence[nn.Module]) -> 
     return found
 
 # %% ../../nbs/24_algorithms.sglr.ipynb #8f788d10
-def _resized(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
+def _resized(layer: Any, inputs: int, outputs: int) -> nn.Module:
     "A fresh layer with so many times the inputs and outputs."
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
@@ -206,7 +207,8 @@ class ManyHeads(nn.Module):
     ):
         super().__init__()
         self.n, self.model = n, deepcopy(server)
-        layers = {m: name for name, m in self.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        kinds = nn.Conv2d | nn.Linear
+        layers: dict[Any, str] = {m: name for name, m in self.model.named_modules() if isinstance(m, kinds)}
         readers, last = _readers(self.model, smashed, layers), list(layers)[-1]
         for layer in dict.fromkeys([*readers, last]):  # in this order, and once each
             parent, _, child = layers[layer].rpartition(".")
@@ -337,7 +339,7 @@ def joint_step(
     loss, joint_grad = server_step(server, joint, targets, criterion=LOSSES[config.loss])
     slices = torch.autograd.grad(joint, smashed, joint_grad)
     if config.per_client_loss:
-        slices = [own * (len(joint) / len(own)) for own in slices]
+        slices = tuple(own * (len(joint) / len(own)) for own in slices)
     return loss, dict(zip(arrived, slices, strict=True))
 
 # %% ../../nbs/24_algorithms.sglr.ipynb #5b0d49af

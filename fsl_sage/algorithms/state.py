@@ -62,6 +62,7 @@ def make_part(
 ) -> Part:
     "`model` with a fresh optimiser and schedule."
     parameters = list(model.parameters()) or [nn.Parameter(torch.empty(0), requires_grad=False)]
+    optimizer: torch.optim.Optimizer
     if config.name == "adam":
         optimizer = torch.optim.Adam(
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -79,7 +80,11 @@ class LocalData(Protocol):
     "The data of one client."
 
     num_classes: int  # of the whole problem, not only of the labels this client has
-    image_shape: tuple[int, int, int]  # (channel, height, width)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        "(channel, height, width)"
+        ...
 
     def __len__(self) -> int: ...  # samples
 
@@ -98,7 +103,7 @@ class FixedData:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         "(channel, height, width)"
-        return tuple(self.x.shape[1:])
+        return tuple(self.x.shape[1:])  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return len(self.y)

@@ -97,7 +97,7 @@ class Attendance(NamedTuple):
     "Who takes part in a round, and what each of them does."
 
     round: int  # -1: a warm start
-    clients: list[int]  # in ascending order
+    clients: Sequence[int]  # in ascending order
     works: list[Work]  # of each of them; empty if nothing is known of costs
 
 # %% ../../nbs/27_costs.clock.ipynb #1c8e25e9
@@ -116,7 +116,8 @@ def attendances(
 ) -> Iterator[Attendance]:  # one a round, the warm start first
     "Who takes part in each round. `ValueError` if no client could keep the deadline."
     config, clock, n = experiment.algorithm, experiment.clock, experiment.num_clients
-    of, present, buffered = speeds(clock, n) if clock else [], range(n), [0] * n
+    of, buffered = speeds(clock, n) if clock else [], [0] * n
+    present: Sequence[int] = range(n)
     if clock and clock.deadline:
         _require_possible(experiment, samples, costs, of)
     for rnd in range(config.first_round, experiment.rounds):

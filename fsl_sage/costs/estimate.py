@@ -71,7 +71,8 @@ def _counted(model: ModelConfig, dataset: DatasetConfig, algorithm: str) -> Coun
     split, aux, shape = networks(model, dataset, algorithm)
     parts = {"clients": split.client, "servers": split.server, "auxes": aux}
     state = {name: [SimpleNamespace(model=part)] if part else [] for name, part in parts.items()}
-    costs = costs_of(SimpleNamespace(**state, data=[SimpleNamespace(image_shape=shape)]))
+    stand_in: Any = SimpleNamespace(**state, data=[SimpleNamespace(image_shape=shape)])
+    costs = costs_of(stand_in)
     whole, x = split.to("meta"), torch.zeros(2, *shape, device="meta")  # BatchNorm needs two
     with CountFlops() as counter, held_memory(whole) as held:
         whole(x)

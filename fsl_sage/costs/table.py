@@ -97,7 +97,7 @@ def _counted(models: Sequence[nn.Module | None], image_shape: tuple[int, ...], d
     def step(network: Callable, x: Tensor) -> float:
         return _flops(lambda: backward(F.cross_entropy(network(x), y)), n)
 
-    counted = {
+    counted: dict[str, Any] = {
         "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: backward(client(x).sum()), n),
         "forward": _flops(lambda: client(x), n),
         "server": step(server, smashed), "exact": step(server, smashed.clone().requires_grad_()),

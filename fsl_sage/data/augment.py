@@ -62,4 +62,5 @@ def augment(
 ) -> Tensor:  # shaped like x
     "Random flip and padded random crop of each image of a batch (FSL-SAGE's training transforms)."
     draws = draw_augmentation(len(x), gen, padding, flip)
-    return apply_augmentation(x, *(d.to(x.device, non_blocking=True) for d in draws), padding)
+    flips, dy, dx = (draw.to(x.device, non_blocking=True) for draw in draws)
+    return apply_augmentation(x, flips, dy, dx, padding)

@@ -43,7 +43,7 @@ class ClientData:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         "(channel, height, width)"
-        return tuple(self.images.x.shape[1:])
+        return tuple(self.images.x.shape[1:])  # type: ignore[return-value]
 
     def batches(
         self,

@@ -38,7 +38,7 @@ def _remedy(path: Path) -> str:
 
 
 def broken(
-    path: Path,  # the file or folder
+    path: str | Path,  # the file or folder
     what: str,  # what is wrong with it
 ) -> ValueError:
     "The error for data that are there but cannot be used; the caller raises it."

@@ -166,13 +166,13 @@ def partition(
     elif distribution == "noniid":
         most = n // num_clients
         require(is_count(shard_num, most), "dataset.shard_num", shard_num, f"a whole number from 1 to {most}")
-        parts = shard_parts(y, num_clients, rng, shard_num)
+        parts = list(shard_parts(y, num_clients, rng, shard_num))
     elif distribution == "noniid_dirichlet":
         ok = isinstance(alpha, (int, float)) and 0 < alpha < math.inf
         require(ok, "dataset.alpha", alpha, "a finite number above 0")
         parts = dirichlet_parts(y, share_sizes(n, num_clients, size_spread, seed), rng, float(alpha))
     else:
-        parts = balanced_parts(y, num_clients, rng, balanced_share(y, num_clients, samples_per_client))
+        parts = list(balanced_parts(y, num_clients, rng, balanced_share(y, num_clients, samples_per_client)))
     return [torch.from_numpy(part.copy()) for part in parts]
 
 # %% ../../nbs/06_data.partition.ipynb #4b8c6bfc

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -47,8 +48,8 @@ class Known:
     place: Path | None = None  # where else it may be
 
 
-PAPER = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "channels": 3}
-FASHION = {"num_classes": 10, "mean": (0.2860,), "std": (0.3530,), "channels": 1}
+PAPER: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "channels": 3}
+FASHION: dict[str, Any] = {"num_classes": 10, "mean": (0.2860,), "std": (0.3530,), "channels": 1}
 KNOWN = {
     "fmnist_mini": Known(**FASHION, place=EMBEDDED / "fmnist_mini.npz"),
     "fmnist": Known(**FASHION, place=DEBIAN),
@@ -191,7 +192,7 @@ def download_dataset(
     with tempfile.TemporaryDirectory(prefix="fsl_sage-") as folder:
         arrays = FETCH[name](name, Path(folder))
     with atomic_path(root / f"{name}.npz") as path:
-        np.savez(path, **arrays)
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # none is called allow_pickle
     return arrays
 
 # %% ../../nbs/04_data.sources.ipynb #7d4eb194
@@ -363,4 +364,4 @@ def make_fmnist_mini(
     train, test = class_balanced_part(full.train, 600, seed), class_balanced_part(full.test, 100, seed)
     values = (train.x[:, 0], train.y.byte(), test.x[:, 0], test.y.byte())
     with atomic_path(path) as whole:
-        np.savez_compressed(whole, **{key: value.numpy() for key, value in zip(KEYS, values, strict=True)})
+        np.savez_compressed(whole, **dict[str, Any](zip(KEYS, (value.numpy() for value in values), strict=True)))

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +40,22 @@ def _resnet_auxiliary(split: SplitModel, size: str, shortcut=projection, init=in
     "Of `size`, one of RESNET_SIZES, in the channels of `split`'s own server."
     if size == "server_copy":
         return init(deepcopy(split.server))
-    name, first = next(split.server.named_children())  # the stage above the cut
+    server: Any = split.server
+    name, first = next(server.named_children())  # the stage above the cut
     _require_fits(isinstance(first, nn.Sequential), size, "a cut after a whole stage (layer1, layer2, layer3)")
     smashed, channels = first[0].conv1.in_channels, first[0].conv1.out_channels
     blocks = {"linear": 0, "one_block": 1, "default": len(first)}[size]
+    layers: list[tuple[str, nn.Module]]
     layers = [(name, stage(smashed, channels, blocks, 1 if name == "layer1" else 2, shortcut=shortcut))] * (blocks > 0)
-    layers += head(channels if blocks else smashed, split.server.fc.out_features)
+    layers += head(channels if blocks else smashed, server.fc.out_features)
     return init(nn.Sequential(OrderedDict(layers)))
 
 
 def _simple_conv_auxiliary(split: SplitModel, size: str) -> nn.Module:
     "One linear layer."
     _require_fits(hasattr(split.server, "fc1"), size, "the cut after flatten")
-    fc = nn.Linear(split.server.fc1.in_features, split.server.olayer.out_features)
+    server: Any = split.server
+    fc = nn.Linear(server.fc1.in_features, server.olayer.out_features)
     return init_weights(nn.Sequential(OrderedDict([("fc", fc)])), linear_std=0.05)
 
 # %% ../../nbs/13_networks.auxiliary.ipynb #2d6ce01e
@@ -101,7 +105,7 @@ class _PlainAttention(nn.MultiheadAttention):
     "Attention as products of matrices: so PyTorch computes it when asked for its weights."
 
     def forward(self, *args, need_weights: bool = True, **options) -> tuple[Tensor, Tensor | None]:
-        attended, weights = super().forward(*args, need_weights=True, **options)
+        attended, weights = super().forward(*args, need_weights=True, **options)  # type: ignore[misc]
         return attended, weights if need_weights else None
 
 

@@ -210,7 +210,7 @@ def _crossing(graph: fx.Graph, cut: int) -> list[fx.Node]:
 # %% ../../nbs/09_networks.cut.ipynb #c82d0988
 def _name(node: fx.Node) -> str:
     "What to call the node in a message."
-    return node.target if node.op == "call_module" else node.name
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _on_both_sides(module: nn.Module, graph: fx.Graph, cut: int) -> list[str]:
@@ -218,7 +218,7 @@ def _on_both_sides(module: nn.Module, graph: fx.Graph, cut: int) -> list[str]:
     names, sides = {}, (set(), set())
     for i, node in enumerate(graph.nodes):
         if node.op == "call_module":
-            used = module.get_submodule(node.target).named_parameters(node.target)
+            used = list(module.get_submodule(node.target).named_parameters(node.target))
         elif node.op == "get_attr" and node.target != "training":
             used = [(node.target, operator.attrgetter(node.target)(module))]
         else:
@@ -261,11 +261,12 @@ def _at_server(name: str, value: Any, larger: Any, example: Tensor, batch: fx.No
 def _in_place(node: fx.Node, module: nn.Module) -> bool:
     "Whether the call overwrites its input, as far as its first layer or its name tells."
     if node.op == "call_module":
-        called = module.get_submodule(node.target)
+        called = module.get_submodule(str(node.target))
         first = next(layer for layer in called.modules() if not list(layer.children()))
         return getattr(first, "inplace", False)
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    return node.kwargs.get("inplace", False) or name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv")
+    asked = bool(node.kwargs.get("inplace", False))
+    return asked or name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv")
 
 # %% ../../nbs/09_networks.cut.ipynb #5a84ae96
 def _require_fit(

@@ -6,14 +6,19 @@
 __all__ = ['channels_last', 'SmallMapConv2d', 'fast_layout']
 
 # %% ../../nbs/10_networks.layout.ipynb #4f02751d
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/10_networks.layout.ipynb #cf1bd980
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
 def channels_last(
-    model: nn.Module,  # changed in place
-) -> nn.Module:
+    model: _Model,  # changed in place
+) -> _Model:
     "`model` with its convolutions' weights channels last, unless PyTorch could crash on one of them."
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     unsafe = [c for c in convolutions if c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 8]
@@ -33,7 +38,8 @@ class SmallMapConv2d(nn.Conv2d):
         "(batch, channel, height, width) to (batch, channel', height', width')"
         if x.ndim != 4 or x.device.type != "cpu":
             return super().forward(x)
-        size, sides = x.shape[2:], (x.shape[2:], self.kernel_size, self.stride, self.padding)
+        size = x.shape[2:]
+        sides: list[Any] = [size, self.kernel_size, self.stride, self.padding]
         tops, lefts = map(_starts, *sides)
         weight = self.weight.permute(0, 2, 3, 1)  # (channel', height, width, channel)
         seen = [weight[:, i : i + size[0], j : j + size[1]] for i in tops for j in lefts]
@@ -46,8 +52,8 @@ class SmallMapConv2d(nn.Conv2d):
 
 # %% ../../nbs/10_networks.layout.ipynb #c9d382f6
 def fast_layout(
-    model: nn.Module,  # changed in place; its parameters keep their names
-) -> nn.Module:
+    model: _Model,  # changed in place; its parameters keep their names
+) -> _Model:
     "`model` as it is computed fastest: `channels_last`, its plain convolutions as `SmallMapConv2d`."
     for layer in model.modules():
         plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1)

@@ -297,7 +297,7 @@ def _same_pair(what: Any, part: Trained, tensors: Sequence[Tensor], take: Pair |
 # %% ../../nbs/08_networks.recording.ipynb #fcd8d119
 def recorded(
     work: Callable[..., Any],  # (part, *tensors, **options) → a tensor or a tuple of tensors
-) -> Callable[..., Any]:  # `as_it_stands` is the function without recordings, to be called inside of another one
+) -> Any:  # `as_it_stands` is the function without recordings, to be called inside of another one
     "`work`, played from a recording where the part has a recorder."
     names, made = list(inspect.signature(work).parameters), {}
 
@@ -316,7 +316,7 @@ def recorded(
         options |= dict(zip(names[n + 1 :], arguments[n:], strict=False))
         return recorder(with_options(options), part, *arguments[:n])
 
-    run.as_it_stands = work
+    run.as_it_stands = work  # type: ignore[attr-defined]
     return run
 
 # %% ../../nbs/08_networks.recording.ipynb #e562c0db

@@ -10,7 +10,7 @@ __all__ = ['HE_CIFAR', 'MODELS', 'OURS', 'init_weights', 'simple_conv', 'BasicBl
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def simple_conv(
     num_classes: int = 10,
     image_size: int = 32,  # pixels, height and width
     width: int = 64,  # channels of both convolutions
-) -> nn.Sequential:
+) -> nn.Module:
     "The small network, cut after `flatten` (FSL-SAGE, experiments)."
     def shrink() -> dict[str, nn.Module]:
         return {"pool": nn.MaxPool2d(3, 2, padding=1), "norm": nn.LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1)}
@@ -156,7 +156,7 @@ def stage(
     channels: int,  # of the blocks' 3×3 convolutions
     blocks: int,  # ≥ 1
     stride: int,  # of the first block
-    block: type[nn.Module] = BasicBlock,  # or Bottleneck
+    block: type[BasicBlock | Bottleneck] = BasicBlock,  # or Bottleneck
     shortcut: Callable[[int, int, int], nn.Module] = projection,  # or Padding
 ) -> nn.Sequential:
     "One stage of a ResNet: blocks named as torchvision names them."
@@ -200,11 +200,11 @@ def resnet(
     image_size: int = 32,  # pixels; any size fits, since the last stage is averaged
     width: int = 64,  # 64: as published; others in proportion
     base: int = 64,  # published channels of the first stage
-    block: type[nn.Module] = BasicBlock,  # or Bottleneck
+    block: type[BasicBlock | Bottleneck] = BasicBlock,  # or Bottleneck
     stem: str = "imagenet",  # 7×7 with stride 2 and a max-pool; or cifar, 3×3
     shortcut: Callable[[int, int, int], nn.Module] = projection,  # or Padding
     init: Callable[[nn.Module], nn.Module] = init_weights,  # or init_fan_in
-) -> nn.Sequential:
+) -> nn.Module:
     "A residual network, its stages named `layer1`, `layer2` … `ValueError` if the stem is unknown (He et al., 2016)."
     channels = into = max(1, base * width // 64)
     layers = _stem(in_channels, channels, stem)
@@ -219,7 +219,7 @@ def alexnet(
     num_classes: int = 10,
     image_size: int = 32,  # pixels, height and width
     width: int = 64,  # 64: 96 channels in the first layer, as published; others in proportion
-) -> nn.Sequential:
+) -> nn.Module:
     "AlexNet for small images; cut after `pool1` (SGLR, Table 4; Krizhevsky et al., 2012)."
     a, b, c, wide = (max(1, n * width // 64) for n in (96, 256, 384, 4096))
     side = -(-image_size // 16)  # four halvings, each rounded up
@@ -243,7 +243,7 @@ class Network(NamedTuple):
     cut_layer: str  # its last layer at the client
 
 
-HE_CIFAR = {"base": 16, "stem": "cifar", "shortcut": Padding, "init": init_fan_in}
+HE_CIFAR: dict[str, Any] = {"base": 16, "stem": "cifar", "shortcut": Padding, "init": init_fan_in}
 MODELS = {
     "simple_conv": Network(simple_conv, "flatten"),
     "resnet18": Network(partial(resnet, (2, 2, 2, 2)), "layer2"),

@@ -69,8 +69,9 @@ def test_wheel_is_small_and_has_the_package_only(wheel):
     with ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names} == {"fsl_sage", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
-    in_package = {f"fsl_sage/{path.relative_to(ROOT / 'fsl_sage')}" for path in (ROOT / "fsl_sage/embedded").iterdir()}
-    in_package |= {f"fsl_sage/{path.name}" for path in (ROOT / "fsl_sage").glob("*.py")}
+    package = ROOT / "fsl_sage"
+    files = [package / "py.typed", *(package / "embedded").iterdir(), *package.rglob("*.py")]
+    in_package = {path.relative_to(ROOT).as_posix() for path in files}
     assert {name for name in names if name.startswith("fsl_sage/")} == in_package
     assert any(name.endswith("/LICENSE") for name in names)
 
