@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALIGNMENT_COLUMNS', 'Models', 'evaluate', 'evaluate_mean', 'History', 'DivergedError', 'CallbackError',
-           'first_bad_loss', 'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Bench', 'round_row', 'alignment_rows',
-           'Register', 'register_of', 'set_up', 'Callback', 'finish', 'Run', 'begin', 'Saver', 'one_round', 'is_spent',
-           'is_due', 'trouble', 'write_down', 'history_of', 'train_state', 'train', 'selected']
+           'first_bad_loss', 'as_rgb32', 'hold_out', 'prepare', 'client_data', 'Round', 'Run', 'is_spent', 'is_last',
+           'is_due', 'step_schedules', 'rounds', 'Bench', 'round_row', 'alignment_rows', 'Register', 'register_of',
+           'set_up', 'Callback', 'finish', 'Training', 'begin', 'Saver', 'trouble', 'write_down', 'history_of',
+           'train_state', 'train', 'selected']
 
 # %% ../../nbs/30_experiments.train.ipynb #c5940c46
 import math
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -213,6 +214,83 @@ def client_data(
         for i, part in enumerate(parts)
     ]  # fmt: skip
 
+# %% ../../nbs/30_experiments.train.ipynb #03e0307a
+class Round(NamedTuple):
+    "A round that has just been made."
+
+    attendance: Attendance  # who took part
+    metrics: Metrics  # losses and alignments
+    client_lr: float  # learning rates of the round
+    server_lr: float
+    drew: bool  # whether an algorithm of the user's has drawn from a global random stream
+
+    @property
+    def number(self) -> int:
+        "-1: the warm start."
+        return self.attendance.round
+
+
+@dataclass
+class Run:
+    "A federation between two rounds."
+
+    state: State
+    ledger: Ledger
+    attending: Iterable[Attendance]  # who takes part in each round that is left
+
+# %% ../../nbs/30_experiments.train.ipynb #c39dc5d1
+def is_spent(
+    experiment: Experiment,
+    ledger: Ledger,
+) -> bool:  # False where there is no budget
+    "Whether the budget of communication is reached."
+    budget = experiment.comm_threshold_mb
+    return budget is not None and ledger.bytes("paper") >= budget * 2**20
+
+
+def is_last(
+    experiment: Experiment,
+    ledger: Ledger,
+    rnd: int,  # round that has just been made
+) -> bool:
+    "Whether no round comes after it."
+    return rnd == experiment.rounds - 1 or is_spent(experiment, ledger)
+
+
+def is_due(
+    experiment: Experiment,
+    ledger: Ledger,
+    rnd: int,  # round that has just been made
+) -> bool:
+    "Whether the round is evaluated: every `eval_every`-th, and the last."
+    return is_last(experiment, ledger, rnd) or (rnd + 1) % experiment.eval_every == 0
+
+# %% ../../nbs/30_experiments.train.ipynb #81fc1e2f
+def step_schedules(state: State) -> None:
+    "Learning rates move on after a round."
+    for part in state.parts:
+        part.step_schedule()
+
+
+def rounds(run: Run) -> Iterator[Round]:
+    """Make the rounds that are left, one by one, until they or the budget end.
+
+    `ValueError` if the algorithm sends something to or from an absent client."""
+    state, ledger, record = run.state, run.ledger, record_of(run.state.experiment)
+    attending = iter(run.attending)
+    while not is_spent(state.experiment, ledger) and (attendance := next(attending, None)):
+        rnd, sent = attendance.round, len(ledger.transfers)
+        take_part(state, attendance.clients, rnd, ledger)
+        with arithmetic(state.experiment.precision), round_stream(state) as moved:
+            metrics = record.round_at(rnd)(state, rnd, ledger)
+            drew = moved()
+        if len(attendance.clients) < len(state.data):
+            require_only_present(state, ledger.transfers[sent:])
+        rates = state.clients[0].lr, state.servers[0].lr
+        if rnd >= 0:
+            step_schedules(state)
+        yield Round(attendance, metrics, *rates, drew)
+
 # %% ../../nbs/30_experiments.train.ipynb #0d6895be
 @dataclass(frozen=True)
 class Bench:
@@ -241,29 +319,27 @@ class Bench:
 
 # %% ../../nbs/30_experiments.train.ipynb #8df7fde1
 def round_row(
-    state: State,
-    rnd: int,  # round
+    made: Round,
     ledger: Ledger,
-    metrics: Metrics,
     results: dict[str, float],  # of the evaluation
 ) -> dict[str, Any]:  # a row of `History.rounds`
     "What is kept of a round."
     return {
-        "round": rnd, **results,
-        "train_loss": _mean_loss(metrics, "server"), "aux_loss": _mean_loss(metrics, "aux"),
+        "round": made.number, **results,
+        "train_loss": _mean_loss(made.metrics, "server"), "aux_loss": _mean_loss(made.metrics, "aux"),
         "paper_bytes": ledger.bytes("paper"), "wire_bytes": ledger.bytes("wire"),
-        "client_lr": state.clients[0].lr, "server_lr": state.servers[0].lr,
+        "client_lr": made.client_lr, "server_lr": made.server_lr,
     }  # fmt: skip
 
 
 def alignment_rows(
-    rnd: int,  # round
-    metrics: Metrics,
+    made: Round,
 ) -> list[dict[str, Any]]:  # rows of `History.alignments`
     "What is kept of a round's alignments, as numbers of the host."
     whole = ("client", "buffer_size", "passes")
-    numbers = [{name: int(v) if name in whole else float(v) for name, v in row.items()} for row in metrics.alignments]
-    return [{"round": rnd, **row} for row in numbers]
+    numbers = [{name: int(v) if name in whole else float(v) for name, v in row.items()}
+               for row in made.metrics.alignments]  # fmt: skip
+    return [{"round": made.number, **row} for row in numbers]
 
 # %% ../../nbs/30_experiments.train.ipynb #17de7186
 @dataclass(frozen=True)
@@ -276,18 +352,17 @@ class Register:
 
     def columns(
         self,
-        attendance: Attendance,
-        metrics: Metrics,
+        made: Round,
         before: Sequence[dict[str, Any]],  # rows of `History.rounds`
     ) -> dict[str, float]:  # columns of `History.rounds`
         "What a row says of participants and time."
         clock, columns = self.experiment.clock, {}
         if self.experiment.participation < 1 or (clock and clock.deadline):
-            columns["participants"] = len(attendance.clients)
+            columns["participants"] = len(made.attendance.clients)
         if clock:
-            passes = {row["client"]: row["passes"] for row in metrics.alignments}
+            passes = {row["client"]: row["passes"] for row in made.metrics.alignments}
             spent = before[-1]["clock_seconds"] if before else 0.0
-            seconds = attended_seconds(attendance, self.experiment, self.costs, clock, passes)
+            seconds = attended_seconds(made.attendance, self.experiment, self.costs, clock, passes)
             columns["clock_seconds"] = spent + seconds
         return columns
 
@@ -382,14 +457,12 @@ def finish(
         said = f"run {history.experiment.hash} is complete, but {'; '.join(words)}"
         raise CallbackError(said, history) from next(iter(failed.values()))
 
-# %% ../../nbs/30_experiments.train.ipynb #626fbcbe
+# %% ../../nbs/30_experiments.train.ipynb #00a1ef12
 @dataclass
-class Run:
-    "A run between two rounds."
+class Training(Run):
+    "A run that is measured and written down."
 
     bench: Bench
-    state: State
-    ledger: Ledger
     register: Register
     done: Progress  # the rows so far
     began: float = field(default_factory=time.perf_counter)  # moved back by what earlier parts of the run took
@@ -405,7 +478,7 @@ class Run:
         "Processor time of training so far."
         return time.process_time() - self.cores_began
 
-
+# %% ../../nbs/30_experiments.train.ipynb #626fbcbe
 def begin(
     experiment: Experiment,
     device: torch.device,
@@ -413,7 +486,7 @@ def begin(
     in_flight: int | None,  # clients on the device at a time; None: all
     checkpoint: str | Path | None,  # file to continue from, if it is there
     data: str | None = None,  # digest that the data set must have; None: any
-) -> Run:
+) -> Training:
     "Set a run up, or continue it where the checkpoint stopped. Warns if the checkpoint cannot be used."
     start, cores, fine = time.perf_counter(), time.process_time(), "an Experiment, such as preset('smoke') gives"
     require(isinstance(experiment, Experiment), "experiment", experiment, fine)
@@ -432,7 +505,9 @@ def begin(
     ledger.phase = "round"
     if checkpoint is not None:
         require_kept(state)
-    return Run(bench, state, ledger, register, done, start - done.seconds, cores - done.core_seconds)
+    attending = islice(attendances(experiment, register.samples, register.costs), len(done.rounds), None)
+    earlier = start - done.seconds, cores - done.core_seconds
+    return Training(state, ledger, attending, bench, register, done, *earlier)
 
 
 def _continued(checkpoint: str | Path | None, state: State, ledger: Ledger, data: str) -> Progress | None:
@@ -456,7 +531,7 @@ class Saver:
     ):
         self.path, self.seconds, self.pause, self.saved = path, seconds, seconds, time.monotonic()
 
-    def save_if_due(self, run: Run) -> None:
+    def save_if_due(self, run: Training) -> None:
         "Write a checkpoint, unless the last one is too young. Warns if it cannot be written: the run goes on without."
         start = time.monotonic()
         if not self.path or start - self.saved < self.pause:
@@ -470,69 +545,34 @@ class Saver:
         self.saved = time.monotonic()
         self.pause = max(self.seconds, 50 * (self.saved - start)) if self.seconds else 0.0
 
-# %% ../../nbs/30_experiments.train.ipynb #ebb21216
-def one_round(
-    run: Run,
-    rnd: int,  # round; -1: the warm start
-    attendance: Attendance,  # who takes part
-) -> Metrics:
-    "The round itself. `ValueError` if the algorithm sends something to or from an absent client."
-    state, ledger = run.state, run.ledger
-    run_round, sent = run.bench.algorithm.round_at(rnd), len(ledger.transfers)
-    take_part(state, attendance.clients, rnd, ledger)
-    with arithmetic(state.experiment.precision), round_stream(state):
-        metrics = run_round(state, rnd, ledger)
-    if len(attendance.clients) < len(state.data):
-        require_only_present(state, ledger.transfers[sent:])
-    return metrics
-
-
-def is_spent(
-    experiment: Experiment,
-    ledger: Ledger,
-) -> bool:  # False where there is no budget
-    "Whether the budget of communication is reached."
-    budget = experiment.comm_threshold_mb
-    return budget is not None and ledger.bytes("paper") >= budget * 2**20
-
-
-def is_due(
-    experiment: Experiment,
-    ledger: Ledger,
-    rnd: int,  # round that has just been made
-) -> bool:
-    "Whether the round is evaluated: every `eval_every`-th, and the last."
-    last = rnd == experiment.rounds - 1 or is_spent(experiment, ledger)
-    return last or (rnd + 1) % experiment.eval_every == 0
-
 # %% ../../nbs/30_experiments.train.ipynb #027f4f9e
 def trouble(
-    metrics: Metrics,
+    made: Round,
     results: dict[str, float],  # of the evaluation
-    rnd: int,  # round
     due: bool,  # whether it was evaluated
 ) -> str | None:  # None: all losses are finite
     "Why the run cannot go on."
-    lost = due and not math.isfinite(results["test_loss"])
-    return first_bad_loss(metrics, rnd) or (f"test loss is {results['test_loss']} after round {rnd}" if lost else None)
+    bad = first_bad_loss(made.metrics, made.number)
+    if not bad and due and not math.isfinite(results["test_loss"]):
+        bad = f"test loss is {results['test_loss']} after round {made.number}"
+    return bad and f"{bad}: the run has diverged; a lower learning rate may help"
 
 
 def write_down(
-    run: Run,  # its `done` gets the rows
-    rnd: int,  # round
-    attendance: Attendance,
-    metrics: Metrics,
+    done: Progress,  # gets the rows
+    made: Round,
+    ledger: Ledger,
     results: dict[str, float],  # of the evaluation
+    columns: dict[str, float],  # more of the row
 ) -> None:
     "Add a round to the history."
-    columns = run.register.columns(attendance, metrics, run.done.rounds)
-    run.done.rounds.append(round_row(run.state, rnd, run.ledger, metrics, results) | columns)
-    run.done.alignments += alignment_rows(rnd, metrics)
-    run.done.next_round = rnd + 1
+    done.rounds.append(round_row(made, ledger, results) | columns)
+    done.alignments += alignment_rows(made)
+    done.next_round = made.number + 1
 
 
 def history_of(
-    run: Run,
+    run: Training,
     stopped: str,  # as in `History`
 ) -> History:
     "The rounds so far, as tables."
@@ -573,28 +613,21 @@ def train_state(
         return deepcopy(run.bench.algorithm.evaluation_models(state))
 
     tell, saver = partial(_tell, callbacks, device), Saver(checkpoint, checkpoint_seconds)
-    attending = islice(attendances(experiment, run.register.samples, run.register.costs), len(done.rounds), None)
-    rounds = range(done.next_round, experiment.rounds)
     _start(callbacks, device, experiment, done)
-    bar = tqdm(rounds, experiment.algorithm.name, unit="round", disable=not progress)
-    for rnd, attendance in zip(bar, attending, strict=False):
-        metrics = one_round(run, rnd, attendance)
-        due = is_due(experiment, ledger, rnd)
+    left = experiment.rounds - done.next_round
+    bar = tqdm(rounds(run), experiment.algorithm.name, left, unit="round", disable=not progress)
+    for made in bar:
+        due = is_due(experiment, ledger, made.number)
         results = run.bench.accuracies(state, due)
-        if bad := trouble(metrics, results, rnd, due):
-            why = f"{bad}: the run has diverged; a lower learning rate may help"
-            error = DivergedError(why, history_of(run, "diverged"))
+        if bad := trouble(made, results, due):
+            error = DivergedError(bad, history_of(run, "diverged"))
             with _noted(error):
                 finish(callbacks, device, error.history, models)
             raise error
-        write_down(run, rnd, attendance, metrics, results)
+        write_down(done, made, ledger, results, run.register.columns(made, done.rounds))
         bar.set_postfix(accuracy=f"{results['test_accuracy']:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")
-        for part in state.parts if rnd >= 0 else ():
-            part.step_schedule()
         tell("round", done.rounds[-1], models)
-        if is_spent(experiment, ledger):
-            break
-        if rnd < rounds[-1]:
+        if not is_last(experiment, ledger, made.number):
             saver.save_if_due(run)
     ended = history_of(run, "budget" if is_spent(experiment, ledger) else "rounds")
     finish(callbacks, device, ended, models)

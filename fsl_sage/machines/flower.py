@@ -31,19 +31,19 @@ from ..config import Experiment, algorithms, from_dict, record_of
 from ..core import choose_device, one_of, printable, require
 from ..data.batches import ClientData, eval_batches
 from ..data.images import Dataset
-from ..algorithms.record import Algorithm
+from ..costs.clock import Attendance
 from ..algorithms.state import LocalData, State
 from ..algorithms.participation import asked_clients
 from ..ledger import Ledger
 from .remote import NOTE, SERVER, Guard, WireLedger, check_remote, check_stamp, due_bytes, join, line
-from .remote import outline_of, outlines, place_name, play, serve, step_schedules, take_places
+from .remote import outline_of, outlines, place_name, rounds_here, serve, take_places
 from .messages import MessageError, check, decode, encode
 from .placed import Outline
 from ..experiments.runs import RunStore
 from ..experiments.store import checkpoint_of, run_lock
 from .shares import private_folder, read_share
 from ..networks.part import LOSSES
-from ..experiments.train import Bench, History, client_data, prepare
+from ..experiments.train import Bench, History, Run, client_data, prepare, step_schedules
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -400,18 +400,17 @@ def answer(
 ) -> list[bytes]:  # what it sends up
     "A client's answer."
     ask_fits(experiment, question)
-    rnd, after, algorithm = question.round, question.after, record_of(experiment)
+    rnd, after = question.round, question.after
     mail = AnsweringMail([question.everyone] * (rnd >= 0), done=rnd >= 0)
     ledger = WireLedger(place=place, mail=mail, device=device, round=rnd)
     try:
-        state = join(experiment, algorithm, ledger, own, about_client(own) if rnd < 0 else None)
+        state = join(experiment, ledger, own, about_client(own) if rnd < 0 else None)
         mine = own_state(state, place)
         mail.downs = catch_up(mine, client_file(folder, place, after) if after >= 0 else None, question)
         mail.ups, mail.done = [], False
-        play(state, rnd, [place], ledger, algorithm)
+        next(rounds_here(Run(state, ledger, [Attendance(rnd, [place], [])])))
     except NotYet:
         return mail.ups[question.have :]
-    step_schedules(state)
     private_folder(folder)
     save_checkpoint(client_file(folder, place, rnd), mine, Ledger(), Progress(rnd + 1))
     client_file(folder, place, rnd).chmod(0o600)
@@ -421,7 +420,6 @@ def answer(
 # %% ../../nbs/55_machines.flower.ipynb #b2deecc3
 def introduced(
     experiment: Experiment,
-    algorithm: Algorithm,
     client: int,
     answer: list[bytes],  # to "who are you?"
     split: Sequence[Outline],  # one a client: what the server's split of its own data set gives it
@@ -445,7 +443,7 @@ def introduced(
     check_stamp(plain, -1, client)
     outline = Outline(samples, own.image_shape, own.num_classes, own.batch_size)
     if samples != len(own):
-        due_bytes(experiment, algorithm, outline)  # can so many be trained on?
+        due_bytes(experiment, outline)  # can so many be trained on?
     return outline, str(plain.get("data"))
 
 
@@ -464,7 +462,7 @@ def meet(
             answer = within(answers[i], 4 * NOTE)
             if isinstance(answer, MessageError):
                 raise answer
-            found[i], mail.data[i] = introduced(experiment, record_of(experiment), i, answer, split)
+            found[i], mail.data[i] = introduced(experiment, i, answer, split)
         except Exception as error:  # whatever a client's words break, the others go on
             mail.refused[i] = printable(f"{place_name(i)} {error}")
             log.warning(f"{mail.refused[i]}: it takes no part until the server is started again")
@@ -542,8 +540,8 @@ def get_to_know(
         mail.everyone = encode({"all.": rows_of(experiment, meet(experiment, mail, own, range(n)))})
         set_out(experiment, mail, ledger, checkpoint)
         remember(mail, kept_mail(checkpoint, experiment))
-    algorithm, everyone = record_of(experiment), everyone_of(experiment, mail)
-    due = {len(one): due_bytes(experiment, algorithm, one) for one in everyone}
+    everyone = everyone_of(experiment, mail)
+    due = {len(one): due_bytes(experiment, one) for one in everyone}
     mail.limits = [due[len(one)] + MARGIN for one in everyone]
 
 # %% ../../nbs/55_machines.flower.ipynb #d1261a27
@@ -555,7 +553,7 @@ def most_bytes(
     check_asked(experiment)
     split = client_data(experiment, prepare(experiment, torch.device("cpu"), root)[0])
     largest = outline_of(max(split, key=len), split[0].batch_size)
-    return due_bytes(experiment, record_of(experiment), largest) + MARGIN
+    return due_bytes(experiment, largest) + MARGIN
 
 # %% ../../nbs/55_machines.flower.ipynb #b303c415
 @contextmanager
@@ -602,9 +600,9 @@ def ask_clients(
 ) -> History:
     "Run `experiment` with clients that are asked. `MessageError` if one is missing at the start, or all in a round."
     check_asked(experiment)
-    algorithm, device = record_of(experiment), choose_device(device)
+    device = choose_device(device)
     dataset, validation = prepare(experiment, device, root)
-    bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
+    bench = Bench(dataset, validation, record_of(experiment), LOSSES[experiment.algorithm.loss])
     mail = AskingMail(experiment.num_clients, exchange)
 
     def taking_part(experiment: Experiment, rnd: int) -> list[int]:
@@ -625,7 +623,7 @@ def ask_clients(
             ledger = WireLedger(place=SERVER, mail=mail, device=device)
             state, done = go_on(experiment, mail, ledger, checkpoint)
             try:
-                return serve(state, ledger, algorithm, bench, keep, done, taking_part)
+                return serve(state, ledger, bench, keep, done, taking_part)
             except MessageError as error:
                 if not error.whose:
                     way_out = f"started again, the run goes on from there; to begin again, delete {checkpoint}"

@@ -62,13 +62,12 @@ def train_on_ranks(
     n, place, device = experiment.num_clients, dist.get_rank() - 1, choose_device(device)
     fine = f"{n + 1} for a server and {n} clients"
     require(dist.get_world_size() == n + 1, "--nproc-per-node", dist.get_world_size(), fine)
-    algorithm = record_of(experiment)
     dataset, validation = prepare(experiment, device, root)
     own = None if place == SERVER else client_data(experiment, dataset)[place]
     mail = RankMail(place, device if dist.get_backend() == "nccl" else torch.device("cpu"))
     ledger = WireLedger(place=place, mail=mail, device=device)
     if place != SERVER:
         del dataset, validation
-        return attend(join(experiment, algorithm, ledger, own), ledger, algorithm)
-    bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
-    return serve(join(experiment, algorithm, ledger), ledger, algorithm, bench, line if progress else lambda row: None)
+        return attend(join(experiment, ledger, own), ledger)
+    bench = Bench(dataset, validation, record_of(experiment), LOSSES[experiment.algorithm.loss])
+    return serve(join(experiment, ledger), ledger, bench, line if progress else lambda row: None)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SERVER', 'LARGEST', 'LOSS', 'NOWHERE', 'NOTE', 'place_name', 'Mail', 'kinds_of', 'stamp', 'check_stamp',
            'update_norm', 'outliers', 'Guard', 'WireLedger', 'to_several', 'WireLink', 'taken', 'outline_of',
-           'take_places', 'outlines', 'introduce', 'check_remote', 'join', 'share_losses', 'play', 'due_bytes',
-           'fetch_models', 'step_schedules', 'history_of', 'serve_round', 'serve', 'line', 'attend']
+           'take_places', 'outlines', 'introduce', 'check_remote', 'join', 'share_losses', 'rounds_of', 'rounds_here',
+           'due_bytes', 'fetch_models', 'served', 'close_round', 'serve', 'line', 'attend']
 
 # %% ../../nbs/52_machines.remote.ipynb #5c4f8bff
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,15 +19,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.record import Algorithm
 from ..algorithms.base import Metrics, only_global
-from ..algorithms.participation import asked_clients, round_stream, take_part
+from ..algorithms.participation import asked_clients
 from ..algorithms.state import LocalData, State
 from ..config import Experiment, record_of
-from ..core import arithmetic, as_tensors, require, tensor_bytes
+from ..core import as_tensors, require, tensor_bytes
 from ..experiments.checkpoint import Progress
-from ..experiments.train import ALIGNMENT_COLUMNS, Bench, DivergedError, History, alignment_rows, is_due
-from ..experiments.train import is_spent, round_row, trouble
+from ..costs.clock import Attendance
+from ..experiments.train import ALIGNMENT_COLUMNS, Bench, DivergedError, History, Round, Run, is_due, is_last
+from ..experiments.train import is_spent, rounds, trouble, write_down
 from ..ledger import Ledger, Link, framing_bytes
 from .messages import MessageError, check, check_numbers, decode, encode
 from .placed import Outline, elsewhere, placed
@@ -323,7 +323,6 @@ def check_remote(experiment: Experiment) -> None:
 # %% ../../nbs/52_machines.remote.ipynb #556123a2
 def join(
     experiment: Experiment,
-    algorithm: Algorithm,
     ledger: WireLedger,
     own: LocalData | None = None,  # the client's data; None at the server
     about: dict[str, Any] | None = None,  # what a client says of itself, in JSON
@@ -332,7 +331,7 @@ def join(
     check_remote(experiment)
     everyone = introduce(experiment, ledger, own, about)
     ledger.phase = "start"
-    state = algorithm.init(experiment, everyone, ledger)
+    state = record_of(experiment).init(experiment, everyone, ledger)
     take_places(state, ledger, own)
     ledger.phase = "round"
     return state
@@ -360,23 +359,26 @@ def share_losses(
             ledger.guard.losses[client] = float(values.max())
 
 # %% ../../nbs/52_machines.remote.ipynb #38eb4be9
-def play(
-    state: State,
-    rnd: int,  # round
-    clients: Sequence[int],  # who takes part, in ascending order
-    ledger: WireLedger,
-    algorithm: Algorithm,
-) -> Metrics:
-    "This place's part of one round."
-    take_part(state, clients, rnd, ledger)
-    with arithmetic(state.experiment.precision), round_stream(state) as moved:
-        metrics = algorithm.run_round(state, rnd, ledger)
-        if moved():
-            name = state.experiment.algorithm.name
+def rounds_of(
+    experiment: Experiment,
+    first: int = 0,  # the round to begin with
+    taking_part: Callable[[Experiment, int], Sequence[int]] = asked_clients,  # who takes part in a round
+) -> Iterator[Attendance]:  # one for each round that is left
+    "Who takes part in each round. `taking_part` is called when the round begins."
+    return (Attendance(rnd, list(taking_part(experiment, rnd)), []) for rnd in range(first, experiment.rounds))
+
+
+def rounds_here(
+    run: Run,  # of this place; its ledger is a `WireLedger`
+) -> Iterator[Round]:
+    "This place's part of each round. `ValueError` if the algorithm draws from a global random stream."
+    for made in rounds(run):
+        if made.drew:
+            name = run.state.experiment.algorithm.name
             raise ValueError(f"algorithm.name={name!r} draws from a global random stream, which differs from place to "
                              "place: draw from core.generator(seed, client, round) between machines")  # fmt: skip
-    share_losses(metrics, ledger)
-    return metrics
+        share_losses(made.metrics, run.ledger)
+        yield made
 
 # %% ../../nbs/52_machines.remote.ipynb #bce78222
 NOWHERE = -2  # a place that has nothing
@@ -385,28 +387,27 @@ NOTE = 256  # bytes that a client's message may have for what it says beside its
 
 def due_bytes(
     experiment: Experiment,
-    algorithm: Algorithm,
     client: Outline,  # a client's data
 ) -> int:  # at most
     "Bytes of all messages that such a client sends in a round."
     alone = Outline(len(client), client.image_shape, client.num_classes, client.batch_size, "cpu")
     ledger = WireLedger(place=NOWHERE)
-    state = algorithm.init(experiment, [alone], ledger)
+    state = record_of(experiment).init(experiment, [alone], ledger)
     ledger.transfers.clear()
     state.data = [Outline(*list(vars(alone).values())[:4])]
     for name in ("clients", "servers", "auxes"):
         parts = [elsewhere(part.model.to("meta"), experiment.precision) for part in getattr(state, name)]
         setattr(state, name, parts)
-    metrics = play(state, 0, [0], ledger, algorithm)
-    losses = {"losses.": torch.zeros(len(metrics.losses), dtype=torch.double)}
+    (made,) = rounds_here(Run(state, ledger, [Attendance(0, [0], [])]))
+    losses = {"losses.": torch.zeros(len(made.metrics.losses), dtype=torch.double)}
     up = [transfer for transfer in ledger.transfers if transfer.direction == "up"]
     notes = NOTE * (1 + sum(transfer.kind == "framing" for transfer in up))
     return sum(transfer.bytes for transfer in up) + tensor_bytes(losses) + framing_bytes(losses) + notes
 
 # %% ../../nbs/52_machines.remote.ipynb #48b5bc86
-def fetch_models(state: State, ledger: WireLedger, algorithm: Algorithm) -> None:
+def fetch_models(state: State, ledger: WireLedger) -> None:
     "The server's copies become the clients' models, where a round does not end with that."
-    if algorithm.evaluation_models is only_global:
+    if record_of(state.experiment).evaluation_models is only_global:
         return
     for i, part in enumerate(state.clients):
         named = {f"evaluation.{name}": tensor for name, tensor in part.model.state_dict().items()}
@@ -416,19 +417,13 @@ def fetch_models(state: State, ledger: WireLedger, algorithm: Algorithm) -> None
             taken("evaluation", part.model, ledger.receive(i, named))
 
 # %% ../../nbs/52_machines.remote.ipynb #089a819b
-def step_schedules(state: State) -> None:
-    "Learning rates move on after a round."
-    for part in state.parts:
-        part.step_schedule()
-
-
-def history_of(
+def served(
     experiment: Experiment,
     done: Progress,
     ledger: Ledger,
     stopped: str,  # as in `History`
 ) -> History:
-    "What the rounds so far leave behind."
+    "What the server's rounds so far leave behind."
     n = experiment.num_clients
     everybody = experiment.participation == 1 and all(row["participants"] == n for row in done.rounds)
     rounds = pd.DataFrame(done.rounds).drop(columns=["participants"] if everybody else [], errors="ignore")
@@ -436,39 +431,33 @@ def history_of(
     return History(experiment, rounds, alignments, ledger.totals(), stopped)
 
 # %% ../../nbs/52_machines.remote.ipynb #777ab8d6
-def serve_round(
-    state: State,  # the server's
-    clients: Sequence[int],  # who takes part
-    ledger: WireLedger,
-    algorithm: Algorithm,
+def close_round(
+    made: Round,
+    run: Run,  # the server's
     bench: Bench,
     done: Progress,  # moves on by a round
 ) -> None:
-    "The next round, at the server. `DivergedError` when a loss is not finite; `MessageError` as `Guard.judge` says."
-    experiment, rnd = state.experiment, done.next_round
-    metrics, due = play(state, rnd, clients, ledger, algorithm), is_due(experiment, ledger, rnd)
+    "The end of a round, at the server. `DivergedError` if a loss is not finite; `MessageError` as `Guard.judge` says."
+    state, ledger, experiment = run.state, run.ledger, run.state.experiment
+    due = is_due(experiment, ledger, made.number)
     if ledger.guard:
         ledger.guard.judge()
     if due:
-        fetch_models(state, ledger, algorithm)
+        fetch_models(state, ledger)
     results = bench.accuracies(state, due)
-    bad = trouble(metrics, results, rnd, due)
-    more = bad is None and rnd < experiment.rounds - 1 and not is_spent(experiment, ledger)
+    bad = trouble(made, results, due)
+    more = bad is None and not is_last(experiment, ledger, made.number)
     for i in range(len(state.clients)):
         ledger.send(i, {"more.": torch.tensor(more)})
     if bad:
-        so_far, whose = history_of(experiment, done, ledger, "diverged"), ledger.guard.largest() if ledger.guard else ""
-        raise DivergedError(f"{bad}: the run has diverged; a lower learning rate may help{whose}", so_far)
-    done.rounds.append(round_row(state, rnd, ledger, metrics, results) | {"participants": len(clients)})
-    done.alignments += alignment_rows(rnd, metrics)
-    done.next_round = rnd + 1
-    step_schedules(state)
+        whose = ledger.guard.largest() if ledger.guard else ""
+        raise DivergedError(f"{bad}{whose}", served(experiment, done, ledger, "diverged"))
+    write_down(done, made, ledger, results, {"participants": len(made.attendance.clients)})
 
 # %% ../../nbs/52_machines.remote.ipynb #0490772c
 def serve(
     state: State,  # the server's
     ledger: WireLedger,
-    algorithm: Algorithm,
     bench: Bench,
     each_round: Callable[[Progress], None] = lambda done: None,  # told after each round
     done: Progress | None = None,  # where to go on; None: from the start
@@ -476,10 +465,11 @@ def serve(
 ) -> History:
     "All rounds that are left, at the server."
     experiment, done = state.experiment, done or Progress(0)
-    while done.next_round < experiment.rounds and not is_spent(experiment, ledger):
-        serve_round(state, taking_part(experiment, done.next_round), ledger, algorithm, bench, done)
+    run = Run(state, ledger, rounds_of(experiment, done.next_round, taking_part))
+    for made in rounds_here(run):
+        close_round(made, run, bench, done)
         each_round(done)
-    history = history_of(experiment, done, ledger, "budget" if is_spent(experiment, ledger) else "rounds")
+    history = served(experiment, done, ledger, "budget" if is_spent(experiment, ledger) else "rounds")
     return replace(history, data=bench.dataset.digest)
 
 
@@ -495,13 +485,10 @@ def line(
 def attend(
     state: State,  # the client's
     ledger: WireLedger,
-    algorithm: Algorithm,
 ) -> None:
     "All rounds, at a client."
-    experiment, more, rnd = state.experiment, True, 0
-    while more:
-        play(state, rnd, asked_clients(experiment, rnd), ledger, algorithm)
-        if is_due(experiment, ledger, rnd):
-            fetch_models(state, ledger, algorithm)
-        step_schedules(state)
-        more, rnd = bool(ledger.receive(SERVER, {"more.": torch.tensor(True)})["more."]), rnd + 1
+    for made in rounds_here(Run(state, ledger, rounds_of(state.experiment))):
+        if is_due(state.experiment, ledger, made.number):
+            fetch_models(state, ledger)
+        if not ledger.receive(SERVER, {"more.": torch.tensor(True)})["more."]:
+            return

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import Experiment, OptimizerConfig, SchedulerConfig
+from ..config import Experiment, OptimizerConfig, SchedulerConfig, record_of
 from ..core import arithmetic, one_of
 from ..algorithms.record import Algorithm
 from ..algorithms.state import FixedData, State
 from ..ledger import Ledger
 from ..networks.part import LOSSES
-from ..algorithms.all import ALGORITHMS
-from ..experiments.train import evaluate
+from ..costs.clock import attendances
+from ..experiments.train import Round, Run, evaluate, rounds
 
 # %% ../../nbs/43_papers.oracle.ipynb #6bec2301
 @torch.no_grad()
@@ -144,13 +144,13 @@ def _start(
     return state
 
 # %% ../../nbs/43_papers.oracle.ipynb #bc00d23c
-def _show_sglr(state: State, algorithm: Algorithm, test: FixedData) -> dict[str, Any]:
+def _show_sglr(state: State, algorithm: Algorithm, test: FixedData, made: Round) -> dict[str, Any]:
     criterion = LOSSES[state.experiment.algorithm.loss]
     results = [evaluate(model, test.batches(0, 0), criterion) for model in algorithm.evaluation_models(state)]
     return {
         "client_eval": [[loss, accuracy] for accuracy, loss in results],
-        "client_lr": state.clients[0].lr,
-        "server_lr": state.servers[0].lr,
+        "client_lr": made.client_lr,
+        "server_lr": made.server_lr,
         "clients": [fingerprints(part.model) for part in state.clients],
         "server": fingerprints(state.servers[0].model),
     }
@@ -173,20 +173,16 @@ def replay(
     "Run our algorithm on a trace's settings. `ValueError` names a setting that is unknown."
     one_of("algorithm", spec["algorithm"], (*TRACE_ALGORITHMS, "sglr"))
     experiment = spec_sglr(spec) if spec["algorithm"] == "sglr" else spec_experiment(spec)
-    algorithm = ALGORITHMS[experiment.algorithm.name]
-    ledger, trace = Ledger(), []
+    algorithm, ledger, trace = record_of(experiment), Ledger(), []
     test = formula_data(30, spec["image_size"], batch_size=10, seed=99, device=device)
     state = _start(spec, experiment, algorithm, ledger, device)
-    for rnd in range(experiment.rounds):
-        algorithm.run_round(state, rnd, ledger)
+    for made in rounds(Run(state, ledger, attendances(experiment, [len(local) for local in state.data]))):
         if experiment.algorithm.name == "sglr":
-            trace.append(_show_sglr(state, algorithm, test))
+            trace.append(_show_sglr(state, algorithm, test, made))
         else:
-            accuracy, loss = evaluate(algorithm.evaluation_models(state)[0], test.batches(rnd, 0))
+            accuracy, loss = evaluate(algorithm.evaluation_models(state)[0], test.batches(made.number, 0))
             numbers = {"acc": accuracy, "loss": loss, "comm_bytes": float(ledger.bytes("paper"))}
             trace.append(numbers | _show(state))
-        for part in state.parts:
-            part.step_schedule()
     return trace
 
 # %% ../../nbs/43_papers.oracle.ipynb #32b43e70

@@ -15,12 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..networks.auxiliary import estimate_cut_grad, estimate_error, true_cut_grad
-from ..costs.clock import attendances
 from ..config import Experiment
 from ..core import arithmetic, choose_device, generator, random_stream, require
 from ..algorithms.state import State
 from .plots import TEXT, new_figure
-from ..experiments.train import begin, is_spent, one_round
+from ..experiments.train import begin, rounds
 
 # %% ../../nbs/46_papers.watch.ipynb #a3367568
 @dataclass(frozen=True)
@@ -90,14 +89,8 @@ def watched_rounds(
         run = begin(experiment, choose_device(device), root, None, None)
     if run.done.next_round == 0:  # no warm start, which is a round -1
         yield -1, run.state
-    attending = attendances(experiment, run.register.samples, run.register.costs)
-    for rnd, attendance in zip(range(run.done.next_round, experiment.rounds), attending, strict=False):
-        one_round(run, rnd, attendance)
-        for part in run.state.parts if rnd >= 0 else ():
-            part.step_schedule()
-        yield rnd, run.state
-        if is_spent(experiment, run.ledger):
-            return
+    for made in rounds(run):
+        yield made.number, run.state
 
 # %% ../../nbs/46_papers.watch.ipynb #2b4c99ce
 def strongest(

@@ -6,15 +6,14 @@ import torch
 from torch import nn
 
 from fsl_sage import algorithm, network
-from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.base import Metrics, aggregate, each_client, whole_step
 from fsl_sage.algorithms.baselines import init_fed_avg
 from fsl_sage.config import PLUGGED, preset
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.train import client_data, prepare, train
+from fsl_sage.experiments.train import Run, client_data, prepare, train
 from fsl_sage.ledger import Ledger
 from fsl_sage.machines.flower import ask_clients
-from fsl_sage.machines.remote import WireLedger, play
+from fsl_sage.machines.remote import WireLedger, rounds_here, rounds_of
 from tests.support.asking import Clients, small
 from tests.support.runs import assert_same, stopped_after
 
@@ -134,4 +133,4 @@ def test_an_algorithm_that_draws_elsewhere_is_refused_between_machines():
     data = client_data(experiment, prepare(experiment, torch.device("cpu"))[0])
     state = init_fed_avg(experiment, data, Ledger())
     with pytest.raises(ValueError, match=r"'loose' draws from a global random stream.*draw from core\.generator"):
-        play(state, 0, [0, 1], ledger, ALGORITHMS["loose"])
+        next(rounds_here(Run(state, ledger, rounds_of(experiment))))

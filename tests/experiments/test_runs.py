@@ -603,7 +603,7 @@ def test_a_callback_that_fails_costs_no_run(event, heard, diverges, tmp_path, mo
     said, fine, experiment = [], [], preset("smoke", "fed_avg", **TINY)
     if diverges:
         monkeypatch.setattr(
-            training, "trouble", lambda metrics, results, rnd, due: "a loss is nan" if rnd == 2 else None
+            training, "trouble", lambda made, results, due: "a loss is nan" if made.number == 2 else None
         )
         heard = [one for one in heard if one != 2]
     callbacks = [FailsIn(event, said), FailsIn("nowhere", fine)]
@@ -761,13 +761,14 @@ def test_what_a_checkpoint_cannot_hold_is_refused_before_training(tmp_path, monk
 
 def test_seconds_count_all_parts_of_a_run(tmp_path, monkeypatch):
     experiment, path, clock = preset("smoke", "fed_avg", **TINY), tmp_path / "run.safetensors", [0.0]
-    usual = training.one_round
+    usual = training.rounds
 
-    def slow_round(*args):
-        clock[0] += 100
-        return usual(*args)
+    def slow_rounds(run):
+        for made in usual(run):
+            clock[0] += 100
+            yield made
 
-    monkeypatch.setattr(training, "one_round", slow_round)
+    monkeypatch.setattr(training, "rounds", slow_rounds)
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(training.time, "process_time", lambda: 2 * clock[0])  # two cores at work
     stopped_in(1, experiment, path)  # the checkpoint is of round 0

@@ -10,7 +10,6 @@ import stat
 import pytest
 import torch
 
-from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.experiments.checkpoint import CheckpointError, Progress, save_checkpoint
 from fsl_sage.experiments.runs import RunStore, read_all
 from fsl_sage.experiments.train import DivergedError, set_up, train
@@ -203,7 +202,7 @@ def test_the_bytes_that_are_due_are_known_before_they_come(algorithm, tmp_path):
     experiment = small(algorithm, **SHORT)
     clients = Lying(experiment, tmp_path, None, who=-1)
     ask_clients(experiment, clients, tmp_path / "server")
-    due = due_bytes(experiment, ALGORITHMS[algorithm], Outline(30, (1, 28, 28), 10, 16))
+    due = due_bytes(experiment, Outline(30, (1, 28, 28), 10, 16))
     (size,) = {sum(map(len, ups)) for (rnd, _), ups in clients.sent.items() if rnd == 1}
     assert size <= due <= size + remote.NOTE * (1 + len(clients.sent[1, 0]))
 
