@@ -12,8 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..config import Experiment
-from .train import Callback, History, Models
+from .train import Callback, History, Models, RunStart
 
 # %% ../../nbs/36_experiments.loggers.ipynb #7228f496
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -25,13 +24,13 @@ class TensorBoard(Callback):
     "Writes a row's numbers to `<store>/tensorboard/<name of the run>`."
 
     def __init__(self, store: str | Path):  # root of the store
-        self.folder = Path(store) / "tensorboard"
+        self.folder, self.writer = Path(store) / "tensorboard", None
 
-    def start(self, experiment: Experiment) -> None:
+    def start(self, at: RunStart) -> None:
         "Open the run's folder; rounds that will come again are forgotten. `ImportError` without the extra."
         from torch.utils.tensorboard import SummaryWriter  # an extra
 
-        self.writer = SummaryWriter(self.folder / self.run_name, purge_step=self.first_round)
+        self.writer = SummaryWriter(self.folder / at.name, purge_step=at.first_round)
 
     def round(self, row: dict[str, Any], models: Models) -> None:
         "A scalar for each column."
@@ -43,6 +42,11 @@ class TensorBoard(Callback):
         "Close the run's folder."
         self.writer.close()
 
+    def interrupted(self, error: BaseException) -> None:
+        "As at the end."
+        if self.writer:
+            self.writer.close()
+
 # %% ../../nbs/36_experiments.loggers.ipynb #f77920b0
 class WandB(Callback):
     "Writes a row's numbers to Weights & Biases, offline unless WANDB_MODE says otherwise."
@@ -52,26 +56,27 @@ class WandB(Callback):
         store: str | Path,  # root of the store
         project: str = "fsl_sage",  # under which Weights & Biases lists the runs
     ):
-        self.folder, self.project = Path(store), project
+        self.folder, self.project, self.run = Path(store), project, None
 
-    def start(self, experiment: Experiment) -> None:
+    def start(self, at: RunStart) -> None:
         "Begin the run, or go on with it: its id is its name. `ImportError` without the extra `wandb`."
         import wandb  # an extra
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.before = -experiment.algorithm.first_round  # rounds before round 0: steps begin at 0
+        self.before = -at.experiment.algorithm.first_round  # rounds before round 0: steps begin at 0
         mode = os.environ.get("WANDB_MODE", "offline")
-        again = self._forget_sessions() if mode == "offline" else False
+        again = self._forget_sessions(at.name) if mode == "offline" else False
         self.run = wandb.init(
-            project=self.project, id=self.run_name, resume=None if mode == "offline" else "allow", name=self.run_name,
-            config=experiment.to_dict(), dir=str(self.folder), mode=mode, settings=wandb.Settings(silent=True),
+            project=self.project, id=at.name, resume=None if mode == "offline" else "allow", name=at.name,
+            config=at.experiment.to_dict(), dir=str(self.folder), mode=mode, settings=wandb.Settings(silent=True),
+            reinit="create_new",  # a run of the session's own stays open, and keeps its rows apart
         )  # fmt: skip
-        for row in self.earlier if again else ():
+        for row in at.earlier if again else ():
             self._log(row)
 
-    def _forget_sessions(self) -> bool:  # whether all were forgotten, so that the next one must hold the whole run
+    def _forget_sessions(self, name: str) -> bool:  # whether all are, so that the next one must hold the whole run
         "Delete the run's offline sessions, but not those that `wandb sync` has sent."
-        sessions = list(self.folder.glob(f"wandb/offline-run-*-{self.run_name}"))
+        sessions = list(self.folder.glob(f"wandb/offline-run-*-{name}"))
         sent = [session for session in sessions if list(session.glob("*.synced"))]
         for session in set(sessions) - set(sent):
             shutil.rmtree(session, ignore_errors=True)
@@ -87,7 +92,16 @@ class WandB(Callback):
     def end(self, history: History, models: Models) -> None:
         "Finish the run."
         self.run.summary["stopped"] = history.stopped
-        self.run.finish(exit_code=int(history.stopped == "diverged"))
+        self._finish(int(history.stopped == "diverged"))
+
+    def interrupted(self, error: BaseException) -> None:
+        "Finish the run as failed, so that the next start in this process can go on with it."
+        self._finish(1)
+
+    def _finish(self, exit_code: int) -> None:
+        run, self.run = self.run, None
+        if run:
+            run.finish(exit_code=exit_code)
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}  # the words for `log=[…]` on the command line

@@ -20,7 +20,7 @@ from ..core import require
 from .store import check_writable, model_of
 from .runs import run_name
 from ..networks.cut import SplitModel
-from .train import Callback, History, Models
+from .train import Callback, History, Models, RunStart
 
 # %% ../../nbs/35_experiments.models.ipynb #138c5823
 def whole_state(
@@ -41,14 +41,14 @@ class KeepModel(Callback):
     ):
         self.store, self.only = Path(store), only
 
-    def start(self, experiment: Experiment) -> None:
+    def start(self, at: RunStart) -> None:
         "`StoreError` if there is no place for models: now, not after the last round."
-        if self.only is None or experiment in self.only:
+        if self.only is None or at.experiment in self.only:
             check_writable(self.store / "models")
 
     def end(self, history: History, models: Models) -> None:
-        "Not for a run that has diverged. `OSError` if the file cannot be written."
-        if history.stopped == "diverged" or not (self.only is None or history.experiment in self.only):
+        "Only for a whole run. `OSError` if the file cannot be written."
+        if history.stopped not in ("rounds", "budget") or not (self.only is None or history.experiment in self.only):
             return
         tensors = {f"{i}.{n}": t for i, model in enumerate(models()) for n, t in whole_state(model).items()}
         name = run_name(self.store, history.experiment, history.data)

@@ -289,7 +289,7 @@ def test_a_plugin_that_no_run_uses_gets_a_word(file):
 class Vandal(Callback):
     "Does to a run whatever one who looks on could."
 
-    def start(self, experiment):
+    def start(self, at):
         torch.manual_seed(0)
 
     def round(self, row, models):

@@ -32,6 +32,7 @@ from fsl_sage.experiments.models import KeepModel, load_model
 from fsl_sage.experiments.runs import RunStore, tidy
 from fsl_sage.experiments.store import TABLES, StoreError, checkpoint_of, model_of
 from fsl_sage.experiments.train import Callback, CallbackError, History, train, train_state
+from tests.support.runs import sessions_in
 
 EXPERIMENT = preset("smoke", "fed_avg")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
@@ -808,30 +809,6 @@ def test_after_a_stop_tensorboard_shows_each_round_once(tmp_path):
     assert steps_in(tmp_path / "tensorboard" / experiment.hash) == [0, 1, 2]
 
 
-def sessions_in(folder):
-    """By offline session of Weights & Biases: the run's id and the steps with their rounds, as its own format says."""
-    proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    found = {}
-    for file in sorted(Path(folder).glob("wandb/offline-run-*/*.wandb")):
-        data, i, whole, ids, steps = file.read_bytes(), 7, b"", [], []
-        while i + 7 <= len(data):  # blocks of 32 KiB, records with checksum, length and kind: LevelDB's log
-            if 32768 - i % 32768 < 7:
-                i += 32768 - i % 32768
-                continue
-            length, kind = int.from_bytes(data[i + 4 : i + 6], "little"), data[i + 6]
-            whole += data[i + 7 : i + 7 + length]
-            i += 7 + length
-            if kind not in (1, 4):  # goes on
-                continue
-            record, whole = proto.Record.FromString(whole), b""
-            ids += [record.run.run_id] if record.WhichOneof("record_type") == "run" else []
-            if record.WhichOneof("record_type") == "history":
-                row = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                steps.append((record.history.step.num, int(row["round"])))
-        found[file.parent.name] = ids, steps
-    return found
-
-
 ENDED = """
 import os, signal, sys
 from fsl_sage.config import preset
@@ -861,6 +838,7 @@ def test_after_a_stop_weights_and_biases_go_on_with_the_run(how, tmp_path, monke
     """With the real package, offline: one session that holds each round once."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # another test's, which would know the run that is killed
     changes = TINY | {"algorithm.warm_start": True}
     for number in int(getattr(signal, how)), 0:  # signal 0 does nothing
         words = [sys.executable, "-c", ENDED, str(changes), str(tmp_path), str(number)]
@@ -906,8 +884,8 @@ def test_a_server_that_knows_the_run_gets_no_earlier_rounds(mode, tmp_path, monk
 
 
 class Named(Callback):
-    def start(self, experiment):
-        (Path(self.folder) / self.run_name).touch()
+    def start(self, at):
+        (Path(self.folder) / at.name).touch()
 
 
 def test_loggers_keep_runs_of_other_data_apart(tmp_path):
@@ -944,8 +922,8 @@ def fragile(state, rnd, ledger):
 
 
 class Killed(Callback):
-    def start(self, experiment):
-        if experiment.seed == 1:
+    def start(self, at):
+        if at.experiment.seed == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

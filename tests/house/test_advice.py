@@ -318,8 +318,8 @@ def a_diverged_run_again(tmp_path):
     told = []
 
     class Told(Callback):
-        def start(self, experiment):
-            told.append(experiment.hash)
+        def start(self, at):
+            told.append(at.experiment.hash)
 
     with pytest.raises(DivergedError):
         store.get([wild], "cpu", progress=False, callbacks=[Told()])
