@@ -7,7 +7,7 @@ from torch import nn
 
 from fsl_sage import algorithm, network
 from fsl_sage.algorithms.base import Metrics, aggregate, each_client, whole_step
-from fsl_sage.algorithms.baselines import init_fed_avg
+from fsl_sage.algorithms.baselines import FedAvgSettings, init_fed_avg
 from fsl_sage.config import PLUGGED, preset
 from fsl_sage.experiments import plugins
 from fsl_sage.experiments.train import Run, client_data, prepare, train
@@ -124,7 +124,7 @@ def test_dropout_between_machines(name, tmp_path):
 
 
 def test_an_algorithm_that_draws_elsewhere_is_refused_between_machines():
-    @algorithm("loose", init=init_fed_avg)
+    @algorithm("loose", init=init_fed_avg, settings=FedAvgSettings)
     def loose(state, rnd, ledger):
         torch.rand(1)
         return Metrics()

@@ -24,10 +24,10 @@ from fsl_sage.algorithms.participation import asked_clients
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.train import DivergedError, train
 from fsl_sage.machines import flower
-from fsl_sage.machines.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients
+from fsl_sage.machines.flower import GridExchange, Question, ask_clients
 from fsl_sage.machines.messages import MessageError, decode, encode
 from tests.support import ROOT
-from tests.support.asking import THREE, Clients, assert_simulated, simulated, small
+from tests.support.asking import ASKED_ONCE, THREE, Clients, assert_simulated, simulated, small
 from tests.support.double import double_precision
 from tests.support.proxy import Proxy
 from tests.support.runs import assert_same
@@ -142,7 +142,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("algorithm", ONE_EXCHANGE)
+@pytest.mark.parametrize("algorithm", ASKED_ONCE)
 def test_who_comes_back_goes_on_from_where_it_was(algorithm, pattern, tmp_path):
     """Client 1 has trained when its answer is lost: the round has not been, for it. Others have not even been there."""
     experiment, absent = small(algorithm, **THREE), PATTERNS[pattern]
@@ -156,7 +156,7 @@ def test_who_comes_back_goes_on_from_where_it_was(algorithm, pattern, tmp_path):
     assert_simulated(ask_clients(experiment, Away(experiment, tmp_path), tmp_path / "server"), absent)
 
 
-@pytest.mark.parametrize("algorithm", ONE_EXCHANGE)
+@pytest.mark.parametrize("algorithm", ASKED_ONCE)
 def test_only_a_part_of_the_clients_is_asked_and_of_them_one_fails(algorithm, tmp_path):
     experiment = small(algorithm, **THREE | {"num_clients": 4, "participation": 0.5, "rounds": 5})
     (rnd, first), absent = (1, asked_clients(experiment, 1)[0]), {1: asked_clients(experiment, 1)[:1]}

@@ -16,7 +16,6 @@ from fsl_sage.experiments.train import DivergedError, set_up, train
 from fsl_sage.ledger import Ledger
 from fsl_sage.machines import flower, remote
 from fsl_sage.machines.flower import (
-    ONE_EXCHANGE,
     GridExchange,
     Question,
     account,
@@ -29,7 +28,7 @@ from fsl_sage.machines.messages import MessageError, decode, encode
 from fsl_sage.machines.placed import Outline
 from fsl_sage.machines.remote import due_bytes
 from fsl_sage.machines.shares import write_shares
-from tests.support.asking import THREE, Clients, assert_simulated, small
+from tests.support.asking import ASKED_ONCE, THREE, Clients, assert_simulated, small
 from tests.support.runs import assert_same
 
 SHORT = THREE | {"rounds": 2}
@@ -197,7 +196,7 @@ def test_a_run_that_diverges_names_the_largest_update(tmp_path, monkeypatch):
         ask_clients(experiment, clients, tmp_path / "server")
 
 
-@pytest.mark.parametrize("algorithm", ONE_EXCHANGE)
+@pytest.mark.parametrize("algorithm", ASKED_ONCE)
 def test_the_bytes_that_are_due_are_known_before_they_come(algorithm, tmp_path):
     experiment = small(algorithm, **SHORT)
     clients = Lying(experiment, tmp_path, None, who=-1)

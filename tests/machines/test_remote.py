@@ -11,9 +11,9 @@ from safetensors.torch import save
 
 from fsl_sage.experiments.plugins import forget, load_plugins
 from fsl_sage.experiments.train import train
-from fsl_sage.machines.flower import ONE_EXCHANGE, GridExchange, Question, ask_clients, opened
+from fsl_sage.machines.flower import GridExchange, Question, ask_clients, opened
 from fsl_sage.machines.messages import MessageError, check, check_numbers, decode, encode
-from tests.support.asking import Clients, small
+from tests.support.asking import ASKED_ONCE, Clients, small
 from tests.support.runs import assert_same
 
 TENSORS = {"smashed.": torch.arange(6.0).view(2, 3), "labels.": torch.tensor([1, 2]), "scale.": torch.tensor(1.0)}
@@ -88,7 +88,7 @@ def test_what_is_no_message_is_refused_by_name():
 STEPS = {"name": "step", "step_size": 1, "gamma": 0.5}
 
 
-@pytest.mark.parametrize("algorithm", ONE_EXCHANGE)
+@pytest.mark.parametrize("algorithm", ASKED_ONCE)
 def test_clients_that_are_asked_end_with_the_history_of_the_simulation(algorithm, tmp_path):
     experiment = small(algorithm, **{"model.client.optimizer.scheduler": STEPS})
     clients = Clients(experiment, tmp_path)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.participation import asked_clients
 from fsl_sage.config import preset
 from fsl_sage.costs.clock import Attendance
@@ -17,6 +18,7 @@ from fsl_sage.machines.flower import answer
 SMALL = {"num_clients": 2, "rounds": 3, "dataset.max_train": 60, "dataset.max_test": 20, "model.width": 8}
 SMALL |= {"model.client.batch_size": 16, "dataset.distribution": "noniid_dirichlet"}
 OWN = {"fsl_sage": {"algorithm.align_epochs": 2, "algorithm.align_interval": 2, "algorithm.server_update_interval": 2}}
+ASKED_ONCE = [name for name, record in ALGORITHMS.items() if record.asked_once]
 
 
 def small(algorithm, **changes):
