@@ -24,11 +24,11 @@ from torchvision.transforms import functional as tv
 
 from fsl_sage.config import Experiment, from_dict, preset
 from fsl_sage.core import generator
-from fsl_sage.data import sources as data
+from fsl_sage.data import files, sources
 from fsl_sage.data.augment import apply_augmentation, augment, draw_augmentation, normalise
 from fsl_sage.data.batches import ClientData, eval_batches
 from fsl_sage.data.images import Images
-from fsl_sage.data.partition import draw_classes, labels_per_client, partition
+from fsl_sage.data.partition import DISTRIBUTIONS, draw_classes, labels_per_client, partition, plot_labels_per_client
 from fsl_sage.data.sources import class_balanced_part, load
 from fsl_sage.experiments.train import prepare
 
@@ -52,7 +52,7 @@ def idx(array):
 
 def write_idx(folder, made, suffix=".gz"):
     folder.mkdir(parents=True, exist_ok=True)
-    for key, stem in data.IDX_FILES.items():
+    for key, stem in files.IDX_FILES.items():
         content = idx(made[key])
         (folder / f"{stem}{suffix}").write_bytes(gzip.compress(content) if suffix else content)
     return folder
@@ -72,8 +72,8 @@ def write_pictures(folder, sizes=((6, 6),), classes=("bear", "cat")):
 def nothing_from_outside(monkeypatch, tmp_path):
     """No data set of this machine and no network gets into a test unless it asks for one."""
     monkeypatch.delenv("FSL_SAGE_DATA", raising=False)
-    monkeypatch.setattr(data, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
-    monkeypatch.setitem(data.KNOWN, "fmnist", replace(data.KNOWN["fmnist"], place=tmp_path / "debian"))
+    monkeypatch.setattr(sources, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
+    monkeypatch.setitem(sources.KNOWN, "fmnist", replace(sources.KNOWN["fmnist"], place=tmp_path / "debian"))
 
 
 # ---------------------------------------------------------------- the embedded data
@@ -87,21 +87,21 @@ def test_embedded_part_is_balanced_small_and_licensed():
     )
     assert mini.train.y.bincount().tolist() == [600] * 10 and mini.train.y.dtype == torch.int64
     assert mini.test.y.bincount().tolist() == [100] * 10
-    assert (data.EMBEDDED / "fmnist_mini.npz").stat().st_size <= 4 * 2**20
-    notice = (data.EMBEDDED / "README.md").read_text()
+    assert (files.EMBEDDED / "fmnist_mini.npz").stat().st_size <= 4 * 2**20
+    notice = (files.EMBEDDED / "README.md").read_text()
     assert "2017 Zalando SE" in notice and "Permission is hereby granted" in notice
     pixels = torch.cat([mini.train.x, mini.test.x]).double() / 255
     assert abs(pixels.mean() - mini.mean[0]) < 0.01 and abs(pixels.std() - mini.std[0]) < 0.01
 
 
 def test_embedded_file_can_be_made_again(tmp_path, monkeypatch):
-    debian = data.Path("/usr/share/datasets/fashion-mnist")
+    debian = sources.Path("/usr/share/datasets/fashion-mnist")
     if not debian.exists():
         pytest.skip("Debian's dataset-fashion-mnist is not installed")
-    monkeypatch.setitem(data.KNOWN, "fmnist", replace(data.KNOWN["fmnist"], place=debian))
-    data.make_fmnist_mini(tmp_path / "again.npz")
-    old, new = data.read_npz(data.EMBEDDED / "fmnist_mini.npz"), data.read_npz(tmp_path / "again.npz")
-    assert all(np.array_equal(old[key], new[key]) and old[key].dtype == np.uint8 for key in data.KEYS)
+    monkeypatch.setitem(sources.KNOWN, "fmnist", replace(sources.KNOWN["fmnist"], place=debian))
+    sources.make_fmnist_mini(tmp_path / "again.npz")
+    old, new = files.read_npz(files.EMBEDDED / "fmnist_mini.npz"), files.read_npz(tmp_path / "again.npz")
+    assert all(np.array_equal(old[key], new[key]) and old[key].dtype == np.uint8 for key in files.KEYS)
 
 
 @some
@@ -211,18 +211,18 @@ def test_a_damaged_npz_is_refused_or_harmless(tmp_path_factory, draw, compressed
     """Cut anywhere: an error that names the file. One byte changed: that error, or the very same arrays."""
     path = tmp_path_factory.mktemp("npz") / "mine.npz"
     (np.savez_compressed if compressed else np.savez)(path, **arrays(n=3, test=2, shape=(4, 4)))
-    whole, good = path.read_bytes(), data.read_npz(path)
+    whole, good = path.read_bytes(), files.read_npz(path)
     path.write_bytes(whole[: draw.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(ValueError, match=r"mine\.npz: .*Mend it, replace it by a whole copy"):
         load("mine", path.parent)
     at = draw.draw(st.integers(0, len(whole) - 1))
     path.write_bytes(whole[:at] + bytes([whole[at] ^ draw.draw(st.integers(1, 255))]) + whole[at + 1 :])
     try:
-        found = data.read_npz(path)
+        found = files.read_npz(path)
     except ValueError as error:
         assert "mine.npz: " in str(error)
     else:
-        assert all(np.array_equal(found[key], good[key]) for key in data.KEYS)
+        assert all(np.array_equal(found[key], good[key]) for key in files.KEYS)
 
 
 WRONG = {
@@ -350,14 +350,14 @@ def test_packing_that_python_unpacks_without_limit_is_refused(tmp_path, method):
 @pytest.mark.parametrize("kind", ["npz", "idx"])
 def test_a_file_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path, monkeypatch, kind):
     """Shapes that fit each other: only the sizes tell. 64 MiB of zeros, with the limit at 1 MiB instead of 256."""
-    monkeypatch.setattr(data, "FREE", 2**20)
+    monkeypatch.setattr(files, "FREE", 2**20)
     large = arrays() | {"y_train": np.zeros(2**16, np.uint8)}
     if kind == "npz":
         npz_of(tmp_path / "mine.npz", large, (2**16, 32, 32))
     else:
         write_idx(tmp_path / "mine", large | {"x_train": np.zeros((2**16, 32, 32), np.uint8)})
     refused_within(4, r"mine.*bytes would unpack to \d+, more than 100 times", load, "mine", tmp_path)
-    monkeypatch.setattr(data, "RATIO", 10**6)
+    monkeypatch.setattr(files, "RATIO", 10**6)
     with pytest.raises(ValueError, match="training images are"):
         load("mine", tmp_path)
 
@@ -429,7 +429,7 @@ def test_one_large_label_does_not_make_as_many_classes(tmp_path, largest):
     with pytest.raises(ValueError, match=rf"has 11 different labels up to {largest}; at least half") as error:
         load("mine", tmp_path)
     advice = str(error.value).partition("those of y_train first: ")[2].partition(". Mend")[0]
-    y_train, y_test = data.read_npz(tmp_path / "mine.npz")["y_train"], made["y_test"]
+    y_train, y_test = files.read_npz(tmp_path / "mine.npz")["y_train"], made["y_test"]
     both = eval(advice, {"np": np, "y_train": y_train, "y_test": y_test})
     np.savez(tmp_path / "mine.npz", **made | {"y_train": both[:20], "y_test": both[20:]})
     assert load("mine", tmp_path).num_classes == 11
@@ -464,9 +464,9 @@ def test_a_single_class_is_said(keys, says, tmp_path):
 
 
 def test_the_remedy_is_one_for_this_file(tmp_path, monkeypatch):
-    assert "Reinstall the package" in str(data.broken(data.EMBEDDED / "fmnist_mini.npz", "is damaged"))
-    assert "einstall" not in str(data.broken(tmp_path / "mine.npz", "is damaged"))
-    monkeypatch.setitem(data.MADE, "made", lambda root: arrays() | {"x_train": np.zeros(3)})
+    assert "Reinstall the package" in str(files.broken(files.EMBEDDED / "fmnist_mini.npz", "is damaged"))
+    assert "einstall" not in str(files.broken(tmp_path / "mine.npz", "is damaged"))
+    monkeypatch.setitem(sources.MADE, "made", lambda root: arrays() | {"x_train": np.zeros(3)})
     with pytest.raises(ValueError, match=r"plug-in:made: x_train must be uint8.*Mend the plug-in's function"):
         load("made", tmp_path)
 
@@ -509,10 +509,10 @@ def test_pictures_of_two_sizes_train_with_the_field_that_the_message_names(tmp_p
     with pytest.raises(ValueError, match=r"dataset\.image_size=0: must be at least 1, or None"):
         plain.replace(**{"dataset.image_size": 0})
     for name in ("fmnist_mini", "made"):
-        data.MADE["made"] = lambda root: arrays()
+        sources.MADE["made"] = lambda root: arrays()
         with pytest.raises(ValueError, match=r"dataset\.image_size=8: must be None for the data set"):
             load(name, image_size=8)
-        del data.MADE["made"]
+        del sources.MADE["made"]
 
 
 def test_imagefolder_unreadable_picture(tmp_path):
@@ -538,7 +538,7 @@ def test_imagefolder_classes(tmp_path):
 
 def saved(tmp_path, pixels, name="picture.png", **wish):
     (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(tmp_path / name, **wish)
-    return data.read_image(str(tmp_path / name))
+    return files.read_image(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "16.jp2"])
@@ -620,12 +620,12 @@ def test_a_picture_of_too_many_pixels_is_not_unpacked(tmp_path, side):
     header = side.to_bytes(4) * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     (tmp_path / "large.png").write_bytes(png)
-    refused_within(4, r"large\.png: .*pixels", data.read_image, tmp_path / "large.png")
+    refused_within(4, r"large\.png: .*pixels", files.read_image, tmp_path / "large.png")
 
 
 @pytest.mark.attack("data")
 def test_many_pictures_that_unpack_to_much_more_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "FREE", 2**18)
+    monkeypatch.setattr(files, "FREE", 2**18)
     write_pictures(tmp_path / "pets", sizes=((400, 400),) * 3)
     with pytest.raises(ValueError, match=r"pets: is too large .*set dataset\.image_size to make all smaller"):
         load("pets", tmp_path)
@@ -638,7 +638,7 @@ def test_formats_that_start_programs_are_not_opened(tmp_path, monkeypatch):
     (tmp_path / "page.eps").rename(tmp_path / "page.png")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     with pytest.raises(ValueError, match=r"page\.png: cannot be read as a picture"):
-        data.read_image(tmp_path / "page.png")
+        files.read_image(tmp_path / "page.png")
 
 
 def test_what_desktops_leave_is_no_class(tmp_path):
@@ -676,7 +676,7 @@ def tar_of(members):
 
 def cifar_archive(labels):
     """A tiny archive of CIFAR's binary form: two images a file, pixels equal to the number of the file."""
-    cifar = data.CIFAR["cifar10" if labels == 1 else "cifar100"]
+    cifar = sources.CIFAR["cifar10" if labels == 1 else "cifar100"]
     record = lambda i: bytes([7] * (labels - 1) + [i]) + bytes([i]) * 3072  # noqa: E731
     return tar_of({member: record(i) * 2 for i, member in enumerate((*cifar.train, *cifar.test))})
 
@@ -714,17 +714,17 @@ def server(monkeypatch):
 def temporary(monkeypatch, tmp_path):
     """Where downloads are kept while they are incomplete."""
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(sources.tempfile, "tempdir", str(tmp_path / "temporary"))
     return tmp_path / "temporary"
 
 
 @pytest.mark.parametrize(("name", "labels"), [("cifar10", 1), ("cifar100", 2)])
 def test_cifar_download(server, temporary, tmp_path, monkeypatch, name, labels):
     archive = cifar_archive(labels)
-    monkeypatch.setitem(data.CIFAR, name, replace(data.CIFAR[name], md5=md5(archive).hexdigest()))
-    server.files["/" + data.CIFAR[name].file] = archive
+    monkeypatch.setitem(sources.CIFAR, name, replace(sources.CIFAR[name], md5=md5(archive).hexdigest()))
+    server.files["/" + sources.CIFAR[name].file] = archive
     cifar = load(name, tmp_path / "root")
-    files = len(data.CIFAR[name].train)
+    files = len(sources.CIFAR[name].train)
     assert (
         cifar.train.y.tolist() == [i for i in range(files) for _ in range(2)] and cifar.test.y.tolist() == [files] * 2
     )
@@ -737,10 +737,10 @@ def test_cifar_download(server, temporary, tmp_path, monkeypatch, name, labels):
 
 def test_cifar_pixels_are_planes_of_rows(tmp_path):
     """Red, green, blue planes of 32 rows in the archive; rows of pixels of three channels in our arrays."""
-    cifar = data.CIFAR["cifar10"]
+    cifar = sources.CIFAR["cifar10"]
     record = bytes([3]) + bytes(range(256)) * 12
     (tmp_path / "a.tar.gz").write_bytes(tar_of(dict.fromkeys((*cifar.train, *cifar.test), record)))
-    x = data.read_cifar(tmp_path / "a.tar.gz", cifar)["x_test"]
+    x = sources.read_cifar(tmp_path / "a.tar.gz", cifar)["x_test"]
     assert x.shape == (1, 32, 32, 3)
     assert all(x[0, i, j, c] == (c * 1024 + i * 32 + j) % 256 for c in range(3) for i in (0, 9, 31) for j in (0, 5, 31))
 
@@ -748,7 +748,7 @@ def test_cifar_pixels_are_planes_of_rows(tmp_path):
 def test_mnist_download_tries_the_next_mirror(server, temporary, tmp_path, monkeypatch):
     made = arrays(shape=(28, 28))
     resources = []
-    for key, stem in data.IDX_FILES.items():
+    for key, stem in files.IDX_FILES.items():
         content = gzip.compress(idx(made[key]))
         resources.append((f"{stem}.gz", md5(content).hexdigest()))
         server.files |= {f"/good/{stem}.gz": content, f"/bad/{stem}.gz": content[:-1]}
@@ -765,7 +765,7 @@ def test_mnist_download_tries_the_next_mirror(server, temporary, tmp_path, monke
 def test_failed_download_leaves_nothing_and_says_why(server, temporary, tmp_path, monkeypatch, failure):
     archive = cifar_archive(1)
     right = md5(archive).hexdigest() if failure != "checksum" else "0" * 32
-    monkeypatch.setitem(data.CIFAR, "cifar10", replace(data.CIFAR["cifar10"], md5=right))
+    monkeypatch.setitem(sources.CIFAR, "cifar10", replace(sources.CIFAR["cifar10"], md5=right))
     server.files = {} if failure == "gone" else {"/cifar-10-binary.tar.gz": archive}
     server.cut = failure == "cut"
     with pytest.raises(FileNotFoundError, match=r"cifar10\.npz.*download failed \(http.*cifar-10-binary\.tar\.gz: "):
@@ -820,30 +820,30 @@ HOSTILE = {"mute": "timed out", "stalling": "timed out", "trickling": "more slow
 @pytest.mark.attack("data")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_server_is_left_for_the_next(hostile, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(data, "PATIENCE", 0.3)
-    monkeypatch.setattr(data, "LARGEST", 10**6)
+    monkeypatch.setattr(sources, "PATIENCE", 0.3)
+    monkeypatch.setattr(sources, "LARGEST", 10**6)
     right, bad, good = md5(hostile.good).hexdigest(), f"{hostile.url}{kind}/file", f"{hostile.url}good/file"
     with pytest.raises(OSError, match=f"{kind}/file: .*{HOSTILE[kind]}"):
-        data.fetch([bad], tmp_path, right)
+        sources.fetch([bad], tmp_path, right)
     assert not list(tmp_path.iterdir())
-    data.fetch([bad, good], tmp_path, right)
+    sources.fetch([bad, good], tmp_path, right)
     assert (tmp_path / "file").read_bytes() == hostile.good
 
 
 @pytest.mark.parametrize("when", ["download", "writing"])
 def test_interrupted_download_leaves_nothing(server, temporary, tmp_path, monkeypatch, when):
     archive = cifar_archive(1)
-    monkeypatch.setitem(data.CIFAR, "cifar10", replace(data.CIFAR["cifar10"], md5=md5(archive).hexdigest()))
+    monkeypatch.setitem(sources.CIFAR, "cifar10", replace(sources.CIFAR["cifar10"], md5=md5(archive).hexdigest()))
     server.files["/cifar-10-binary.tar.gz"] = archive
 
     def interrupted(path, *args, **kwargs):
-        data.Path(path).write_bytes(b"the first half")
+        sources.Path(path).write_bytes(b"the first half")
         raise KeyboardInterrupt
 
     if when == "writing":
         monkeypatch.setattr(np, "savez", interrupted)
     else:
-        monkeypatch.setattr(data, "read_cifar", interrupted)
+        monkeypatch.setattr(sources, "read_cifar", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load("cifar10", tmp_path / "root")
     assert not list(tmp_path.glob("root/*")) and not list(tmp_path.glob("root/.*")) and not list(temporary.iterdir())
@@ -937,7 +937,7 @@ def test_balanced_is_exact(classes, each, m, draw, seed):
     assert (most == each // m).all()
 
 
-@pytest.mark.parametrize("distribution", data.DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_partitions_of_different_seeds_differ(distribution):
     labels = torch.arange(10).repeat(60)
     found = {tuple(torch.cat(partition(labels, 5, distribution, seed)).tolist()) for seed in range(20)}
@@ -1037,7 +1037,7 @@ def test_heat_map_has_clients_and_classes():
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
-    ax = data.plot_labels_per_client(torch.tensor([[1, 2, 3], [4, 5, 6]]), Figure().subplots())
+    ax = plot_labels_per_client(torch.tensor([[1, 2, 3], [4, 5, 6]]), Figure().subplots())
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("class", "client")
     assert ax.images[0].get_array().tolist() == [[1, 2, 3], [4, 5, 6]]
 
