@@ -12,17 +12,13 @@ from fsl_sage.experiments.train import set_up, train_state
 from fsl_sage.ledger import Ledger
 from fsl_sage.networks.auxiliary import true_cut_grad
 from fsl_sage.papers.watch import watched_rounds
+from tests.support.refused import refused
 
 NORMED = {"model.name": "resnet18", "model.width": 2, "rounds": 4}
 
 
 def samples(*sizes):
     return [FixedData(torch.randn(n, 1, 28, 28), torch.arange(n) % 10, 32) for n in sizes]
-
-
-def refused(message, call, *args):
-    with pytest.raises(ValueError, match=message):
-        call(*args)
 
 
 @pytest.mark.parametrize("participation", [1.0, 0.7])

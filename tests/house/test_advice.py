@@ -26,13 +26,14 @@ from fsl_sage.experiments.models import KeepModel, load_model
 from fsl_sage.experiments.plugins import PluginError, load_plugins
 from fsl_sage.experiments.provenance import about_here
 from fsl_sage.experiments.runs import RunStore
-from fsl_sage.experiments.store import read_whole
+from fsl_sage.experiments.store import StoreError, read_whole
 from fsl_sage.experiments.train import Callback, DivergedError, set_up
 from fsl_sage.networks.cut import SplitModel, cut_layers, keep_modes
 from fsl_sage.networks.trial import try_parts
 from fsl_sage.papers.claims import parse_setting, read_versus
 from fsl_sage.papers.plots import new_figure, save_figure
 from tests.support import ROOT
+from tests.support.refused import refused
 
 TINY = {"num_clients": 2, "rounds": 1, "model.width": 1, "dataset.max_train": 40, "dataset.max_test": 10}
 PLAIN = {"dataset.val_size": 0, "dataset.distribution": "iid"}
@@ -74,13 +75,6 @@ def advising(path):
 
 MODULES = sorted(path for path in Path(fsl_sage.__file__).parent.rglob("*.py") if path.name != "_modidx.py")
 FOUND = sorted({(path.stem, text) for path in MODULES for text in advising(path)})
-
-
-def refused(says, call, *args, **named):
-    """The error's text, if the call fails and says this."""
-    with pytest.raises((ValueError, OSError, RuntimeError), match=says) as error:
-        call(*args, **named)
-    return str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ files and names
@@ -230,7 +224,7 @@ def arrays(n=12, side=8, labels=2, channels=()):
 
 
 def a_place_for_data(tmp_path):
-    refused("put cifar100.npz", load, "cifar100", tmp_path, download=False)
+    refused("put cifar100.npz", load, "cifar100", tmp_path, download=False, kind=FileNotFoundError)
     np.savez(tmp_path / "cifar100.npz", **arrays(channels=(3,)))
     assert len(load("cifar100", tmp_path, download=False).train) == 12  # put there, or named by data_root
     before = os.environ.get("FSL_SAGE_DATA")
@@ -289,19 +283,23 @@ def a_run_anew(tmp_path):
     (before,) = store.get([experiment], "cpu", progress=False)
     folder = store.folder(experiment)
     (folder / "rounds.csv").write_text("round\n")
-    text = refused("delete the folder .* and the run will be trained again", store.get, [experiment], "cpu")
+    text = refused(
+        "delete the folder .* and the run will be trained again", store.get, [experiment], "cpu", kind=StoreError
+    )
     shutil.rmtree(re.search("delete the folder (.*) and the run", text)[1])
     assert store.get([experiment], "cpu", progress=False)[0].rounds.equals(before.rounds)
     about = (folder / "history.json").read_text()
     (folder / "history.json").write_text(about.replace('"format": 1', '"format": 99'))
-    text = refused("use the version that wrote it", store.get, [experiment], "cpu")
+    text = refused("use the version that wrote it", store.get, [experiment], "cpu", kind=StoreError)
     assert RunStore(tmp_path / "elsewhere").get([experiment], "cpu", progress=False)[0].rounds.equals(before.rounds)
 
 
 def a_folder_that_can_be_written(tmp_path):
     (tmp_path / "runs").write_text("a file")
     experiment = preset("smoke", "fed_avg", **TINY)
-    refused("make it a folder that can be written", RunStore(tmp_path / "runs").get, [experiment], "cpu")
+    refused(
+        "make it a folder that can be written", RunStore(tmp_path / "runs").get, [experiment], "cpu", kind=StoreError
+    )
     (tmp_path / "runs").unlink()
     (tmp_path / "runs").mkdir()
     RunStore(tmp_path / "runs").get([experiment], "cpu", progress=False)
