@@ -59,6 +59,7 @@ figures: $(READY)
 # What can be said without running the package: style, the direction of imports, types.
 define STATIC
 	$(BIN)/ruff check fsl_sage nbs figures tests benchmarks docs/site setup.py
+	$(BIN)/ruff format --check --quiet tests benchmarks docs/site setup.py
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 endef

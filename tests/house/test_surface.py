@@ -68,7 +68,7 @@ def hooks_of():
 
 def test_hooks_are_programs_of_the_environment():
     hooks = {name: hook for name, hook in hooks_of().items() if hook["language"] == "system"}
-    assert set(hooks) == {"nbdev-clean", "nbdev-export", "ruff", "layers"}
+    assert set(hooks) == {"nbdev-clean", "nbdev-export", "ruff", "ruff-format", "layers"}
     programs = [Path(hook["entry"].split()[0]) for hook in hooks.values()]
     assert all(path.parts[:2] == (".venv", "bin") for path in programs)
     assert [path.name for path in programs if not shutil.which(path.name, path=Path(sys.executable).parent)] == []
