@@ -1,5 +1,7 @@
 """Random numbers that layers and algorithms of one's own draw: the same whatever happens around them."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fsl_sage.algorithms.base import Metrics, aggregate, each_client, whole_step
 from fsl_sage.algorithms.baselines import FedAvgSettings, init_fed_avg
 from fsl_sage.config import PLUGGED, preset
 from fsl_sage.experiments import plugins
+from fsl_sage.experiments.runs import RunStore, read_all
 from fsl_sage.experiments.train import Run, client_data, prepare, train
 from fsl_sage.ledger import Ledger
 from fsl_sage.machines.flower import ask_clients
@@ -66,7 +69,19 @@ def test_dropout_goes_on_where_a_run_was_stopped_and_with_streamed_clients(name,
     whole = numbers(experiment)
     assert_same(whole, numbers(experiment, in_flight=1))
     stopped_after(1, monkeypatch, experiment, path)
-    assert_same(whole, numbers(experiment, checkpoint=path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the run begins again")
+        assert_same(whole, numbers(experiment, checkpoint=path))
+
+
+def test_a_script_with_a_plugin_finds_its_stored_run_again(tmp_path):
+    """The script's own frames call the store, which opens files; these are none of the plug-in's."""
+    experiment, store = own("fed_avg", droppy("droppy")), RunStore(tmp_path)
+    for _ in range(2):
+        (history,) = store.get([experiment], "cpu", progress=False, jobs=1)
+        assert store.folder(experiment).name == experiment.hash
+    assert [run.folder.name for run in read_all(tmp_path)] == [experiment.hash]
+    assert_same(history, store.find(experiment))
 
 
 def losses_on(threads, experiment):
