@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from fsl_sage.algorithms.all import ALGORITHMS, cost_words
 from fsl_sage.commands.train import main
 from fsl_sage.config import PLUGGED, algorithms
 from fsl_sage.data.partition import DISTRIBUTIONS
@@ -107,3 +108,12 @@ def test_the_table_lists_what_there_is():
     with_stem = [f"{name}_cifar" for name in ("resnet18", "resnet50", "resnet152")]
     assert sorted(listed["networks"] + with_stem) == sorted(own("model", MODELS))
     assert set(listed["data sets"]) == set(own("dataset", KNOWN)) - {"imagefolder"}  # folders of pictures
+
+
+def test_the_table_of_costs_is_what_the_records_say():
+    text = (ROOT / "docs" / "algorithms.md").read_text("utf-8")
+    for name in own("algorithm", ALGORITHMS):
+        record = ALGORITHMS[name]
+        words = cost_words(record)
+        cells = (f"`{name}`", *(words[what] for what in ("client", "server", "up", "down")), record.order)
+        assert f"| {' | '.join(cells)} |" in text
