@@ -1,4 +1,4 @@
-"""A seed means the same parts from version to version: a stored run's address says nothing of the code that cut them."""
+"""A seed means the same parts in every version: the address of a stored run does not tell which code cut them."""
 
 import hashlib
 
