@@ -30,6 +30,7 @@ def called(tree):
 def test_a_figure_ends_in_the_line_that_saves_its_files(name):
     *before, last = statements(name)
     assert isinstance(last, ast.Expr) and last.value.func.id == "save_figure"
+    assert last.value.args[2].value == name, "the notebook's own picture and its tables come last"
     others = {"to_csv", "save_table", "atomic_path", "savefig", "write_text", "open"}
     assert not others & {word for statement in (*before, last) for word in called(statement)}
 
