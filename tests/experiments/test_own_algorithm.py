@@ -55,7 +55,7 @@ def test_the_command_line_sweeps_its_own_field(parts, tmp_path):
 @pytest.mark.slow
 def test_ranks_make_the_run_of_the_simulation(parts, tmp_path):
     words = [f"{name}={value}" for name, value in WORDS.items()]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "fsl_sage.machines.ranks"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "fsl_sage.commands.ranks"]
     command(tmp_path, *torchrun, *words, "preset=smoke", "algorithm=stale", "device=cpu", f"plugins=['{parts}']")
     load_plugins([parts])
     experiment = preset("smoke", "stale", **WORDS)
