@@ -122,7 +122,7 @@ MACHINERY |= {str(_HERE / "machines" / f"{name}.py") for name in ("flower", "ran
 
 def _opener() -> str | None:
     "The tag of the plug-in whose code opens a file; None if there is none, or the file is no part of it."
-    frame, tag = sys._getframe(2), None
+    frame, tag = sys._getframe(3), None  # above: this, `_note`, and its caller here
     while frame:
         where, frame = frame.f_code.co_filename, frame.f_back
         tag = tag or OPENERS.get(where)

@@ -24,7 +24,9 @@ from fsl_sage.commands import runs as runs_cli
 from fsl_sage.commands import train as cli
 from fsl_sage.commands.runs import import_runs, list_runs, prune
 from fsl_sage.config import preset
+from fsl_sage.experiments import provenance as provenance_module
 from fsl_sage.experiments import runs
+from fsl_sage.experiments import store as store_module
 from fsl_sage.experiments import train as training
 from fsl_sage.experiments.checkpoint import CheckpointError, load_beside
 from fsl_sage.experiments.loggers import TensorBoard, WandB
@@ -76,7 +78,7 @@ def test_what_csv_cannot_hold_is_refused_and_leaves_nothing(history, tmp_path):
 @posix
 @pytest.mark.parametrize("files", range(1, 2 * len(TABLES) + 1))
 def test_a_process_killed_while_saving_leaves_no_run(history, tmp_path, monkeypatch, files):
-    write, written = runs._write, []
+    write, written = store_module._write, []
 
     def write_and_die(path, text):
         written.append(path)
@@ -84,15 +86,15 @@ def test_a_process_killed_while_saving_leaves_no_run(history, tmp_path, monkeypa
         if len(written) == files:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(runs, "_write", write_and_die)
+    monkeypatch.setattr(store_module, "_write", write_and_die)
     process = multiprocessing.get_context("fork").Process(target=RunStore(tmp_path).save, args=(history, 1.0, "cpu"))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert runs.leftovers(tmp_path, EXPERIMENT.hash) and RunStore(tmp_path).find(EXPERIMENT) is None
+    assert store_module.leftovers(tmp_path, EXPERIMENT.hash) and RunStore(tmp_path).find(EXPERIMENT) is None
     monkeypatch.undo()
     RunStore(tmp_path).save(history, 1.0, "cpu")  # the lock is free, and what was left goes
-    assert not runs.leftovers(tmp_path, EXPERIMENT.hash)
+    assert not store_module.leftovers(tmp_path, EXPERIMENT.hash)
 
 
 def test_of_two_that_finish_the_same_run_the_first_stays(history, tmp_path):
@@ -227,7 +229,7 @@ def test_who_waits_says_so_once_and_takes_over_from_the_killed(history, tmp_path
 @posix
 def test_a_folder_that_is_being_written_is_left_alone(history, tmp_path, monkeypatch):
     (said, started), (go_on, word) = multiprocessing.Pipe(False), multiprocessing.Pipe(False)
-    write = runs._write
+    write = store_module._write
 
     def slow_write(path, text):
         if path.name == "history.json":
@@ -235,10 +237,12 @@ def test_a_folder_that_is_being_written_is_left_alone(history, tmp_path, monkeyp
             go_on.recv()
         write(path, text)
 
-    monkeypatch.setattr(runs, "_write", slow_write)
+    monkeypatch.setattr(store_module, "_write", slow_write)
     writer = in_another_process(RunStore(tmp_path).save, history, 1.0, "cpu")
     said.recv()
-    assert "nothing to delete" in prune(tmp_path, yes=True) and len(runs.leftovers(tmp_path, EXPERIMENT.hash)) == 1
+    assert (
+        "nothing to delete" in prune(tmp_path, yes=True) and len(store_module.leftovers(tmp_path, EXPERIMENT.hash)) == 1
+    )
     with runs.run_lock(tmp_path, EXPERIMENT.hash, wait=False) as held:
         assert not held
     word.send("go on")
@@ -518,7 +522,7 @@ def test_another_users_file_is_a_store_error(history, tmp_path, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(runs, "_content", denied)
+    monkeypatch.setattr(store_module, "_content", denied)
     with pytest.raises(StoreError, match=r"Permission denied.*ask its owner"):
         RunStore(tmp_path).find(EXPERIMENT)
     assert "stays" in prune(tmp_path, yes=True) and folder.exists()
@@ -546,7 +550,7 @@ def test_a_wheel_inside_a_checkout_is_not_described_by_its_commit(tmp_path, monk
     (tmp_path / "settings.ini").write_text("[DEFAULT]\nlib_name = fsl_sage\n")
     installed = tmp_path / ".venv" / "site-packages" / "fsl_sage"
     installed.mkdir(parents=True)
-    monkeypatch.setattr(runs, "_git", lambda *_: "somebody's commit")
+    monkeypatch.setattr(provenance_module, "_git", lambda *_: "somebody's commit")
     monkeypatch.setattr(fsl_sage, "__file__", str(installed / "__init__.py"))
     made_with = runs.provenance("cpu")
     assert (made_with["commit"], made_with["modified"]) == (None, None)

@@ -8,7 +8,7 @@ import torch
 
 from fsl_sage.config import preset
 from fsl_sage.core import arithmetic
-from fsl_sage.costs import clock
+from fsl_sage.costs import table
 from fsl_sage.experiments import train as training
 from fsl_sage.experiments.train import Callback, set_up, train, train_state
 from fsl_sage.papers import leakage, watch
@@ -125,7 +125,7 @@ def test_evaluation_and_callbacks_are_float32(precision, monkeypatch):
 def test_a_look_costs_and_leakage_are_float32(monkeypatch):
     _, state = train_state(preset("smoke", "fsl_sage", **TINY), "cpu", progress=False)
     seen = []
-    for module, name in ((watch, "true_cut_grad"), (clock, "tensor_bytes"), (leakage, "prepare")):
+    for module, name in ((watch, "true_cut_grad"), (table, "tensor_bytes"), (leakage, "prepare")):
         function = getattr(module, name)
 
         def spy(*args, name=name, function=function):
@@ -133,13 +133,13 @@ def test_a_look_costs_and_leakage_are_float32(monkeypatch):
             return function(*args)
 
         monkeypatch.setattr(module, name, spy)
-    usual, costs = watch.look(state, 0, 0), clock.costs_of(state)
+    usual, costs = watch.look(state, 0, 0), table.costs_of(state)
     tiny = preset("smoke", "sglr", rounds=1, num_clients=2, **{"dataset.samples_per_client": 20})
     for session in ("oneDNN in bfloat16", "autocast", "no gradients", "float64"):
         with SESSIONS[session]():
             again = watch.look(state, 0, 0)
             assert torch.equal(again.cut_grad, usual.cut_grad) and torch.equal(again.est_cut_grad, usual.est_cut_grad)
-            assert clock.costs_of(state) == costs
+            assert table.costs_of(state) == costs
             assert len(set_up(preset("smoke", "fsl_sage", **TINY)).clients) == 2
     with SESSIONS["all in TF32"]():
         leakage.measure_leakage(tiny, "cpu", n_train=50, n_test=50, epochs=1, decoder_seeds=(1,))
