@@ -622,7 +622,8 @@ def finish(head: dict[str, Any], made_with: dict[str, Any], folder: Path) -> str
 
     whole, done, ledger = from_dict(head["experiment"]), head["progress"], Ledger()
     rates = whole.model.client.optimizer, whole.model.server.optimizer
-    if any(rate.scheduler for rate in rates) or whole.algorithm.average_phase != "full" or whole.eval_every > 1:
+    phased = getattr(whole.algorithm, "average_phase", "full") != "full"
+    if any(rate.scheduler for rate in rates) or phased or whole.eval_every > 1:
         return "dropped: fewer rounds would be another experiment, its rates follow from the number of rounds"
     if not done["rounds"]:
         return "dropped: no round was finished"
