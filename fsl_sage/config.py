@@ -28,6 +28,8 @@ import numpy as np
 from .networks.auxiliary import AUXILIARIES, FIRST_LAYERS
 from .core import one_of, require
 from .data.partition import DISTRIBUTIONS
+from .data.text import LENGTH, OBJECTIVES
+from .data.vocabulary import VOCABULARIES
 from .networks.zoo import MODELS
 
 # %% ../nbs/15_config.ipynb #29949f06
@@ -303,10 +305,10 @@ class OptimizerConfig:
 # %% ../nbs/15_config.ipynb #0dc9ba8c
 @dataclass(frozen=True)
 class DatasetConfig:
-    "Which images, and how they are spread over the clients."
+    "Which images or texts, and how they are spread over the clients."
 
-    name: str = "fmnist_mini"  # fmnist_mini, fmnist, cifar10, cifar100, mnist, imagefolder, or a file in the data root
-    distribution: str = "iid"  # iid, noniid (shards), noniid_dirichlet, balanced
+    name: str = "fmnist_mini"  # one of `data.sources.KNOWN`, such as cifar10, restaurants; or one in the data root
+    distribution: str = "iid"  # iid, noniid (shards), noniid_dirichlet, balanced, by_length, by_key
     alpha: float = 10.0  # of noniid_dirichlet, > 0; small is heterogeneous
     shard_num: int = 10  # of noniid: shards a client
     samples_per_client: int | None = None  # of balanced: a multiple of the number of classes; None: the most
@@ -317,6 +319,9 @@ class DatasetConfig:
     rgb32: bool = False  # resize to 32 × 32, repeat one channel to three, normalise by mean and deviation ½ (SGLR)
     size_spread: float = 0.0  # of iid, noniid_dirichlet: deviation of the log of clients' samples; 0: equal shares
     image_size: int | None = None  # of a folder of pictures: pixels of a side to resize all to; None: as they are
+    vocabulary: str = "words"  # of texts: words, gpt2
+    seq_len: int = LENGTH  # of texts: tokens of a sample, at most
+    objective: str = "clm"  # of texts: the loss counts the completion (clm), or the context too (jlm)
 
     def __post_init__(self):
         _check_types(self, "dataset.")
@@ -328,10 +333,12 @@ class DatasetConfig:
             require(value is None or value >= 1, f"dataset.{name}", value, "at least 1, or None")
         require(self.val_size >= 0, "dataset.val_size", self.val_size, "0 or more")
         require(0 <= self.size_spread <= 5, "dataset.size_spread", self.size_spread, "a number from 0 to 5")
+        one_of("dataset.vocabulary", self.vocabulary, VOCABULARIES)
+        require(self.seq_len >= 2, "dataset.seq_len", self.seq_len, "at least 2 tokens")
+        one_of("dataset.objective", self.objective, OBJECTIVES)
         own = {"iid": ("size_spread",), "noniid": ("shard_num",), "noniid_dirichlet": ("alpha", "size_spread")}
         own["balanced"] = ("samples_per_client",)
-        common = ("name", "distribution", "max_train", "max_test", "augment", "val_size", "rgb32", "image_size")
-        _forget_unused(self, (*common, *own[self.distribution]))
+        forget(self, *({name for names in own.values() for name in names} - {*own.get(self.distribution, ())}))
 
 # %% ../nbs/15_config.ipynb #4cc86af7
 @dataclass(frozen=True)
@@ -430,7 +437,8 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 # %% ../nbs/15_config.ipynb #8a3bc6f6
 LATER_FIELDS = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "dataset.size_spread": 0.0,
-    "dataset.image_size": None, "model.auxiliary.budget_mb": 8.5, "model.cut": None,
+    "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
+    "model.auxiliary.budget_mb": 8.5, "model.cut": None,
 }  # fields that came later, by dotted name → the value with which they are left out  # fmt: skip
 FIRST_SETTINGS = {
     "server_update_interval": 5, "align_interval": 10, "align_epochs": 100, "align_batch_size": 1000,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'Arrays', 'EMBEDDED', 'DEBIAN', 'PLUGIN', 'FREE', 'RATIO', 'NPY_HEADERS', 'IDX_FILES', 'FORMATS', 'PIXELS',
-           'LEFTOVERS', 'RENUMBER', 'broken', 'file_size', 'check_unpacked', 'npy_bytes', 'read_npz', 'read_idx',
-           'idx_path', 'read_idx_folder', 'as_rgb', 'read_image', 'visible', 'picture_paths', 'read_image_folder',
-           'check_arrays', 'count_classes']
+           'LEFTOVERS', 'LARGEST_TOKEN', 'RENUMBER', 'broken', 'file_size', 'check_unpacked', 'npy_bytes', 'read_npz',
+           'read_idx', 'idx_path', 'read_idx_folder', 'as_rgb', 'read_image', 'visible', 'picture_paths',
+           'read_image_folder', 'check_tokens', 'check_arrays', 'count_classes']
 
 # %% ../../nbs/03_data.files.ipynb #09831a68
 import gzip
@@ -255,13 +255,36 @@ def read_image_folder(
         arrays |= {f"x_{split}": np.stack(x), f"y_{split}": np.array([classes.index(p.parent.name) for p in paths])}
     return arrays
 
+# %% ../../nbs/03_data.files.ipynb #836099e6
+LARGEST_TOKEN = 2**31 - 1
+
+
+def check_tokens(
+    arrays: Arrays,  # x_… of two dimensions, y_… of three
+    path: Path,  # where they were read, for the message
+) -> Arrays:  # tokens (n, L), targets and masks (n, 2, L), int32
+    "Bring tokens to one form; `ValueError` that names `path` if shapes, types or values do not fit."
+    made = dict(arrays)
+    for x, y in (("x_train", "y_train"), ("x_test", "y_test")):
+        tokens, labels = arrays[x], arrays[y]
+        whole = all(np.issubdtype(array.dtype, np.integer) for array in (tokens, labels))
+        shape = (len(tokens), 2, *tokens.shape[1:])
+        if not whole or tokens.ndim != 2 or tokens.size == 0 or labels.shape != shape:
+            found = f"have {x} {tokens.dtype} {tokens.shape} and {y} {labels.dtype} {labels.shape}"
+            raise broken(path, f"{found}; tokens must be whole numbers (n, L), their targets and masks (n, 2, L)")
+        low, high = min(tokens.min(), labels.min()), max(tokens.max(), labels.max())
+        if low < 0 or high > LARGEST_TOKEN or labels[:, 1].max() > 1:
+            raise broken(path, f"{x} and {y} hold {low} … {high}; tokens must be 0 or more, masks 0 or 1")
+        made |= {x: tokens.astype(np.int32), y: labels.astype(np.int32)}
+    return made
+
 # %% ../../nbs/03_data.files.ipynb #bd36cb18
 def check_arrays(
     arrays: Arrays,  # as a reader returns them
     path: Path,  # where they were read, for the message
     num_classes: int | None = None,  # labels must be below this; None = any
     channels: int | None = None,  # images must have this many; None = any
-) -> Arrays:  # images (n, height, width, channel) uint8, labels (n,) int64
+) -> Arrays:  # images (n, height, width, channel) uint8, labels (n,) int64; or as `check_tokens` gives them
     "Bring arrays to one form; `ValueError` that names `path` if shapes, types or labels do not fit."
 
     def check(ok: bool, what: str) -> None:
@@ -269,6 +292,8 @@ def check_arrays(
             raise broken(path, what)
 
     arrays = dict(arrays)
+    if arrays["y_train"].ndim == 3:
+        return check_tokens(arrays, path)
     for x, y in (("x_train", "y_train"), ("x_test", "y_test")):
         images, labels = arrays[x], arrays[y]
         check(images.dtype == np.uint8, f"{x} must be uint8, is {images.dtype}")
@@ -298,7 +323,9 @@ def count_classes(
     path: Path,  # where they were read, for the message
     num_classes: int | None = None,  # if it is known
 ) -> int:  # C
-    "The number of classes; `ValueError` that names `path` if most labels below the largest never occur."
+    "The number of classes, or of tokens; `ValueError` that names `path` if most labels below the largest never occur."
+    if arrays["y_train"].ndim == 3:
+        return num_classes or 1 + max(int(arrays[key].max()) for key in KEYS)
     trained, tested = (np.unique(arrays[key]) for key in ("y_train", "y_test"))
     labels = np.union1d(trained, tested)
     classes = num_classes or int(labels[-1]) + 1

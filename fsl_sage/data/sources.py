@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HALF', 'PAPER', 'FASHION', 'KNOWN', 'CIFAR', 'FETCH_ERRORS', 'PATIENCE', 'SLOWEST', 'LARGEST', 'FETCH', 'MADE',
-           'Known', 'BinaryArchive', 'read_cifar', 'download', 'fetch', 'fetch_cifar', 'fetch_idx', 'download_dataset',
-           'data_root', 'places', 'reader_of', 'find_arrays', 'digest_of', 'checked_arrays', 'as_images', 'load',
-           'class_balanced_part', 'make_fmnist_mini']
+           'FORMS', 'E2E_FORMS', 'Known', 'BinaryArchive', 'read_cifar', 'download', 'fetch', 'fetch_cifar',
+           'fetch_idx', 'download_dataset', 'data_root', 'places', 'reader_of', 'find_arrays', 'digest_of',
+           'checked_arrays', 'as_images', 'as_tokens', 'load', 'class_balanced_part', 'make_fmnist_mini']
 
 # %% ../../nbs/04_data.sources.ipynb #80597341
 import hashlib
@@ -31,7 +31,10 @@ from tqdm.auto import tqdm
 from ..core import atomic_path, generator, require, user_path
 from .files import DEBIAN, EMBEDDED, IDX_FILES, KEYS, PLUGIN, Arrays, check_arrays, count_classes
 from .files import idx_path, read_idx_folder, read_image_folder, read_npz
+from .grammar import restaurants
 from .images import Dataset, Images
+from .text import LENGTH, TextDataset, Texts, key_numbers, read_texts, text_files, token_arrays
+from .vocabulary import Vocabulary, vocabulary_of
 
 # %% ../../nbs/04_data.sources.ipynb #3e9e1e4a
 HALF = (0.5,)  # without better knowledge pixels are brought from [0, 1] to [-1, 1]
@@ -57,6 +60,8 @@ KNOWN = {
     "cifar10": Known(num_classes=10, **PAPER),
     "cifar100": Known(num_classes=100, **PAPER),
     "imagefolder": Known(),
+    "restaurants": Known(),
+    "e2e": Known(),
 }
 
 # %% ../../nbs/04_data.sources.ipynb #f2425e69
@@ -215,32 +220,47 @@ def places(
 
 def reader_of(
     path: Path,  # one of `places`
-) -> Callable[..., Arrays] | None:
+) -> Callable[..., Arrays | Texts] | None:
     "The function that reads what is at `path`; None if there is no data set."
     if path.is_file() and path.suffix == ".npz":
         return read_npz
     if any(idx_path(path, stem).exists() for stem in IDX_FILES.values()):
         return read_idx_folder
+    if text_files(path):
+        return read_texts
     return read_image_folder if (path / "train").is_dir() else None
 
 # %% ../../nbs/04_data.sources.ipynb #3d194539
-MADE: dict[str, Callable[[Path], Arrays]] = {}  # data set → function of the data root; for plug-ins
+MADE: dict[str, Callable[[Path], Arrays | Texts]] = {
+    "restaurants": lambda root: restaurants(),
+}  # data set → function of the data root; plug-ins add theirs
 
 
-def _made(name: str, root: Path) -> Arrays:
-    "The arrays of the data set that a plug-in's function makes."
+def _made(name: str, root: Path) -> Arrays | Texts:
+    "The arrays, or texts, of the data set that a function makes."
     arrays = MADE[name](root)
+    if isinstance(arrays, Texts) and arrays.train and arrays.test:
+        return arrays
     made = isinstance(arrays, dict) and {type(arrays.get(key)) for key in KEYS} == {np.ndarray}
-    require(made, f"data set {name!r}", type(arrays).__name__, f"a table of the arrays {', '.join(KEYS)}")
+    require(made, f"data set {name!r}", type(arrays).__name__, f"a table of the arrays {', '.join(KEYS)}, or Texts")
     return arrays
 
 # %% ../../nbs/04_data.sources.ipynb #715177c4
+FORMS = "train/<class>/ and test/<class>/, IDX files, or train and test in .jsonl, .csv or .txt"
+E2E_FORMS = "testset_w_refs.csv with trainset.csv or devset.csv, or LoRA's train.txt and test.txt"
+
+
+def _forms(name: str) -> str:
+    "What a folder may hold."
+    return E2E_FORMS if name == "e2e" else FORMS
+
+
 def find_arrays(
     name: str,  # of a data set, known or the user's own
     root: Path,  # from `data_root`
     download: bool = True,  # whether the network may be used as the last resort
     image_size: int | None = None,  # only for folders of pictures
-) -> tuple[Arrays, Path]:  # and where they were found
+) -> tuple[Arrays | Texts, Path]:  # and where they were found
     "Search for a data set; `FileNotFoundError` that lists every place if it is nowhere, `ValueError` if it is unfit."
     require(re.fullmatch(r"\w[\w.-]*", name) is not None, "dataset.name", name, "a plain name: letters, digits, _ . -")
     fits = f"None for the data set {name!r}, which is no folder of pictures"
@@ -264,15 +284,17 @@ def find_arrays(
             network = f"download failed ({error})"
     raise FileNotFoundError(
         f"data set {name!r} not found; looked at {', '.join(map(str, looked))}; {network}. What to do: put {name}.npz "
-        f"({', '.join(KEYS)}) or a folder {name}/ there, or name the folder that has it by FSL_SAGE_DATA, or by "
-        "data_root, which comes first."
+        f"({', '.join(KEYS)}) or a folder {name}/ ({_forms(name)}) there, or name the folder that has it by "
+        "FSL_SAGE_DATA, or by data_root, which comes first."
     )
 
 # %% ../../nbs/04_data.sources.ipynb #49bfc338
 def digest_of(
-    arrays: Arrays,  # from `check_arrays`
+    arrays: Arrays | Texts,  # from `checked_arrays`
 ) -> str:  # SHA-256, hexadecimal
-    "What tells these images and labels from others: dtype, shape and bytes of each array."
+    "What tells these images and labels from others: dtype, shape and bytes of each array. Of texts, all pairs."
+    if isinstance(arrays, Texts):
+        return arrays.digest
     sha = hashlib.sha256()
     for key in KEYS:
         array = np.ascontiguousarray(arrays[key])
@@ -286,33 +308,54 @@ def checked_arrays(
     root: Path,  # from `data_root`
     download: bool = True,  # whether the network may be used as the last resort
     image_size: int | None = None,  # only for folders of pictures
-) -> tuple[Arrays, Path]:  # in one form, as `check_arrays` gives them; where they were found
+) -> tuple[Arrays | Texts, Path]:  # in one form, as `check_arrays` gives them; where they were found
     "`find_arrays`, checked. Warns of a file that hides embedded data."
     arrays, path = find_arrays(name, root, download, image_size)
     known = KNOWN.get(name, Known())
     if known.place and known.place.parent == EMBEDDED and path != known.place:
         warnings.warn(f"{path} is used as {name!r}, not the embedded data of this name", stacklevel=3)
+    if isinstance(arrays, Texts):
+        return arrays, path
     return check_arrays(arrays, path, known.num_classes, known.channels), path
 
 # %% ../../nbs/04_data.sources.ipynb #cb530e90
 def as_images(
-    x: np.ndarray,  # (n, height, width, channel), uint8
-    y: np.ndarray,  # (n,), int64
+    x: np.ndarray,  # (n, height, width, channel), uint8; of text (n, L), int32
+    y: np.ndarray,  # (n,), int64; of text (n, 2, L), int32
     limit: int | None,  # how many images to keep; None = all
     split: str,  # train or test
     seed: int,  # of the random choice
+    keys: np.ndarray | None = None,  # (n,), int64: who or what each is about
 ) -> Images:
     "Tensors of one split, cut down to a random choice of `limit` images; `ValueError` if there are fewer."
     ok = limit is None or (isinstance(limit, int) and 1 <= limit <= len(y))
     require(ok, f"dataset.max_{split}", limit, f"None or a whole number from 1 to {len(y)}")
     if limit is not None:
         kept = torch.randperm(len(y), generator=generator(seed, "subset", split))[:limit].numpy()
-        x, y = x[kept], y[kept]
+        x, y, keys = x[kept], y[kept], None if keys is None else keys[kept]
+    if x.ndim == 2:
+        return Images(torch.from_numpy(x), torch.from_numpy(y), None if keys is None else torch.from_numpy(keys))
     return Images(torch.from_numpy(np.array(x.transpose(0, 3, 1, 2), order="C")), torch.from_numpy(y))
+
+# %% ../../nbs/04_data.sources.ipynb #208be33e
+def as_tokens(
+    texts: Texts,
+    vocabulary: Vocabulary,
+    seq_len: int,  # tokens of a sample, at most
+    objective: str,  # clm or jlm
+    limits: dict[str, int | None],  # train, test → how many samples to keep; None = all
+    seed: int,  # of the random choice
+) -> list[Images]:  # training and test samples
+    "The tokens of texts, cut down to a random choice."
+    arrays, keys = token_arrays(texts, vocabulary, seq_len, objective), key_numbers(texts)
+    return [
+        as_images(arrays[f"x_{split}"], arrays[f"y_{split}"], limit, split, seed, keys.get(split))
+        for split, limit in limits.items()
+    ]
 
 # %% ../../nbs/04_data.sources.ipynb #0c1f9279
 def load(
-    name: str = "fmnist_mini",  # fmnist_mini, fmnist, mnist, cifar10, cifar100, imagefolder, or your own below `root`
+    name: str = "fmnist_mini",  # one of KNOWN, or your own below `root`
     root: str | Path | None = None,  # where data sets are; None = FSL_SAGE_DATA, else the user's cache folder
     device: str | torch.device = "cpu",  # where the images shall be
     download: bool = True,  # whether the network may be used as the last resort
@@ -320,6 +363,9 @@ def load(
     max_test: int | None = None,  # keep this many test images, chosen at random; None = all
     seed: int = 0,  # of that choice
     image_size: int | None = None,  # for a folder of pictures: resize all to this many pixels a side
+    vocabulary: str = "words",  # of texts: words, gpt2
+    seq_len: int = LENGTH,  # of texts: tokens of a sample, at most
+    objective: str = "clm",  # of texts: the loss counts the completion (clm), or the context too (jlm)
 ) -> Dataset:
     """Find a data set, check it and put its images on `device`.
 
@@ -331,14 +377,21 @@ def load(
     (6000, 10)
     """
     require(image_size is None or image_size >= 1, "dataset.image_size", image_size, "None or at least 1")
-    arrays, path = checked_arrays(name, data_root(root), download, image_size)
+    folder = data_root(root)
+    arrays, path = checked_arrays(name, folder, download, image_size)
+    if isinstance(arrays, Texts):
+        words = vocabulary_of(vocabulary, (f"{pair.context} {pair.completion}" for pair in arrays.train), folder)
+        made = as_tokens(arrays, words, seq_len, objective, {"train": max_train, "test": max_test}, seed)
+        train, test = (part.to(device) for part in made)
+        return TextDataset(name, train, test, words.size, (), (), arrays.digest, words, arrays)
     known = KNOWN.get(name, Known())
     classes = count_classes(arrays, path, known.num_classes)
     train = as_images(arrays["x_train"], arrays["y_train"], max_train, "train", seed)
     test = as_images(arrays["x_test"], arrays["y_test"], max_test, "test", seed)
-    repeat = train.x.shape[1] // len(known.mean)
+    repeat = 0 if train.is_text else train.x.shape[1] // len(known.mean)
     both = train.to(device), test.to(device)
-    return Dataset(name, *both, classes, known.mean * repeat, known.std * repeat, digest_of(arrays))
+    kind = TextDataset if train.is_text else Dataset
+    return kind(name, *both, classes, known.mean * repeat, known.std * repeat, digest_of(arrays))
 
 # %% ../../nbs/04_data.sources.ipynb #1a63bd32
 def class_balanced_part(

@@ -25,6 +25,7 @@ from ..config import Experiment
 from ..core import atomic_path
 from ..data.files import IDX_FILES, idx_path
 from ..data.sources import MADE, checked_arrays, data_root, digest_of, places, reader_of
+from ..data.text import text_files
 
 # %% ../../nbs/28_experiments.digests.ipynb #4ad0d7ec
 SETTLED = 2.0  # seconds after which a file's time tells a change
@@ -37,6 +38,8 @@ def _files(path: Path) -> list[Path]:
     idx = [idx_path(path, stem) for stem in IDX_FILES.values()]
     if any(file.exists() for file in idx):
         return [file for file in idx if file.exists()]
+    if texts := text_files(path):
+        return [*texts]
     return [file for split in ("train", "test") for file in sorted((path / split).rglob("*"))]
 
 

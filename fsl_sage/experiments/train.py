@@ -37,7 +37,7 @@ from ..core import arithmetic, choose_device, generator, require
 from ..data.sources import HALF, load
 from ..data.batches import ClientData, eval_batches
 from ..data.images import Dataset, Images
-from ..data.partition import partition
+from ..data.partition import partition, sorting_labels
 from .digests import building, with_files
 from ..algorithms.base import Metrics
 from ..algorithms.state import State
@@ -156,6 +156,7 @@ def as_rgb32(
     dataset: Dataset,  # of one or three channels, any size
 ) -> Dataset:  # three channels of 32 × 32 pixels, to be normalised by mean and deviation ½
     "Fashion-MNIST as the SGLR experiments use it: resized, its channel repeated."
+    require(not dataset.train.is_text, "dataset.rgb32", True, f"False for {dataset.name!r}, which is text")
 
     def convert(images: Images) -> Images:
         pixels = F.interpolate(images.x.float(), size=(32, 32), mode="bilinear", antialias=True)
@@ -188,8 +189,8 @@ def prepare(
 ) -> tuple[Dataset, Images | None]:  # the data set less its validation images; these
     "The experiment's images, on `device`. `ValueError` names `dataset.val_size` if too few would be left."
     config = experiment.dataset
-    limits = {name: getattr(config, name) for name in ("max_train", "max_test", "image_size")}
-    dataset = load(config.name, root, **limits)
+    asked = ("max_train", "max_test", "image_size", "vocabulary", "seq_len", "objective")
+    dataset = load(config.name, root, **{name: getattr(config, name) for name in asked})
     if config.rgb32:
         dataset = as_rgb32(dataset)  # on the CPU: a GPU may round a pixel otherwise
     train, validation = hold_out(dataset.train, config.val_size, experiment.partition_seed, experiment.num_clients)
@@ -203,8 +204,9 @@ def client_data(
 ) -> list[ClientData]:  # one a client
     "Share the training images out among the clients as `experiment` says."
     config, batch_size = experiment.dataset, experiment.model.client.batch_size
+    labels = sorting_labels(dataset.train, config.distribution)
     parts = partition(
-        dataset.train.y, experiment.num_clients, config.distribution, experiment.partition_seed,
+        labels, experiment.num_clients, config.distribution, experiment.partition_seed,
         alpha=config.alpha, shard_num=config.shard_num, samples_per_client=config.samples_per_client,
         size_spread=config.size_spread,
     )  # fmt: skip
