@@ -64,13 +64,13 @@ def _embedded(name: str) -> pd.DataFrame:
 
 
 def all_published() -> pd.DataFrame:  # LEDGER_COLUMNS
-    "Every published number of both papers."
+    "Every published number of the papers."
     claims = _embedded("claims.csv")
     return claims.assign(value=claims.value.astype(float)).join(_ranges(claims))
 
 
 def published(
-    paper: str,  # sage or sglr
+    paper: str,  # sage, sglr; or lora, splitlora, which print language models' numbers
     artefact: str | None = None,  # the paper's table or figure, as the column `artefact` has it; None: all
     metric: str | None = None,  # None: all
 ) -> pd.DataFrame:  # the ledger's columns and a column for each name in the settings

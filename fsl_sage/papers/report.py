@@ -177,7 +177,9 @@ def duration(
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 # %% ../../nbs/48_papers.report.ipynb #8257b886
-PAPERS = {"sage": "FSL-SAGE", "sglr": "SGLR", "": "More"}  # how names of figures begin
+PAPERS = {
+    "sage": "FSL-SAGE", "sglr": "SGLR", "language": "Language models", "lora": "LoRA", "splitlora": "SplitLoRA", "": "More",
+}  # how names of figures begin, and the ledger's papers  # fmt: skip
 
 
 def by_paper(
