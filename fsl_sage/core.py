@@ -275,11 +275,13 @@ def weighted_average(
 
 # %% ../nbs/00_core.ipynb #55fca187
 def as_tensors(
-    value: nn.Module | dict[str, Tensor] | Tensor | Iterable[Tensor],  # a model, its state dict, a tensor or several
+    value: Any,  # a model, its state dict, a part (`networks.part`), a tensor or several
 ) -> dict[str, Tensor]:  # by name
     "The tensors of `value` by name: what a message that carries it holds. `ValueError` if it is anything else."
     if isinstance(value, Tensor):
         return {"": value}
+    if hasattr(value, "exchanged"):
+        return value.exchanged()
     if isinstance(value, nn.Module):
         return value.state_dict()
     fine = "a model, its state dict, a tensor or several"
@@ -290,7 +292,7 @@ def as_tensors(
 
 
 def tensor_bytes(
-    value: nn.Module | dict[str, Tensor] | Tensor | Iterable[Tensor],  # a model, its state dict, a tensor or several
+    value: Any,  # as for `as_tensors`
 ) -> int:  # bytes
     "Bytes of the tensors of `value`, buffers included, nothing else."
     return sum(tensor.numel() * tensor.element_size() for tensor in as_tensors(value).values())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fleet import Fleet
@@ -30,15 +31,15 @@ def average(
     parts: Sequence[Part],  # the same part of every client; each gets the average
 ) -> None:
     "Replace each model, buffers included, by the weighted average of those present (FedAvg, McMahan et al., 2017)."
-    mean = weighted_average((parts[i].model.state_dict() for i in state.present), state.weights)
-    if names := _left_alone(parts[state.present[0]].model):
+    mean = weighted_average((parts[i].exchanged() for i in state.present), state.weights)
+    if names := [n for n in _left_alone(parts[state.present[0]].model) if n in mean]:
         first, *others = ({n: parts[i].model.state_dict()[n].clone() for n in names} for i in state.present)
         mean |= {n: first[n] for n in names if all(torch.equal(first[n], other[n]) for other in others)}
     if isinstance(parts, Fleet):
         parts.load_models(mean)
     else:
         for part in parts:
-            part.model.load_state_dict(mean)
+            part.load(mean)
 
 # %% ../../nbs/19_algorithms.base.ipynb #c03efdd8
 def aggregate(
@@ -49,7 +50,7 @@ def aggregate(
 ) -> None:
     "Clients send models, the server averages them with weights n_i/n and sends the average back."
     for i in state.present:
-        ledger.link(rnd, i).up(**{kind: parts[i].model for kind, parts in groups.items()})
+        ledger.link(rnd, i).up(**{kind: parts[i] for kind, parts in groups.items()})
     for parts in groups.values():
         average(state, parts)
     broadcast(state, rnd, ledger, **groups)
@@ -62,9 +63,11 @@ def broadcast(
     ledger: Ledger,
     **groups: Sequence[Part],  # parts to send by kind, one a client
 ) -> None:
-    "The server sends each client its models."
+    "The server sends each client its models; what is fixed in them only before the first round."
+    first = ledger.phase == "start"
     for i in state.present:
-        ledger.link(rnd, i).down(**{kind: parts[i].model for kind, parts in groups.items()})
+        message = {kind: parts[i].model if first else parts[i] for kind, parts in groups.items()}
+        ledger.link(rnd, i).down(**message)
 
 # %% ../../nbs/19_algorithms.base.ipynb #07d9ec38
 def whole_step(
@@ -72,10 +75,11 @@ def whole_step(
     server: Part,  # the upper half; stepped
     x: Tensor,  # (batch, channel, height, width)
     y: Tensor,  # (batch,)
-) -> Tensor:  # mean cross-entropy, detached
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
+) -> Tensor:  # mean loss, detached
     "Forward, backward and one optimiser step of the uncut network."
     smashed = client.forward(x)
-    loss, cut_grad = server_step(server, smashed.detach(), y, return_cut_grad=client.learns)
+    loss, cut_grad = server_step(server, smashed.detach(), y, client.learns, criterion)
     client.backward(smashed, cut_grad)
     return loss
 

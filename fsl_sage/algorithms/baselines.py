@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .base import Metrics, aggregate, arrivals, average, broadcast, each_client
 from .base import one_per_client, whole_step
 from .record import EACH, IN_STEP, IN_TURN, LOSS, ONCE, Algorithm, RoundCost, every
-from .state import LocalData, State, init_parts, make_part
+from .state import LocalData, State, each_its_own, init_parts, make_part, part_options
 from ..config import PRESETS, SGLR_PRESETS, Experiment, Settings, setting
 from ..core import require
 from ..ledger import Ledger
@@ -35,7 +35,7 @@ def centralised_round(
     "Ordinary training: a round is `epoch` passes over all data."
     metrics = Metrics()
     for s, x, y in state.batches(0, rnd):
-        metrics.loss(0, s, whole_step(state.clients[0], state.servers[0], x, y))
+        metrics.loss(0, s, whole_step(state.clients[0], state.servers[0], x, y, state.criterion))
     return metrics
 
 
@@ -78,8 +78,8 @@ def init_fed_avg(
     state = State(**init_parts(experiment, data, servers=len(data)))
     if _shared(state):
         shared, config = state.servers[0].model, experiment.model.server.optimizer
-        own = (config, experiment.rounds, experiment.precision)  # an optimiser a client
-        state.servers = [make_part(shared, *own) for _ in state.servers]
+        own = part_options(experiment, data, "server", len(data))  # an optimiser a client
+        state.servers = each_its_own([make_part(shared, config, **own) for _ in state.servers])
     broadcast(state, -1, ledger, client_model=state.clients, server_model=state.servers)
     return state
 
@@ -94,7 +94,7 @@ def fed_avg_round(
 
     def train_locally(i: int) -> None:
         for s, x, y in state.batches(i, rnd):
-            metrics.loss(i, s, whole_step(state.clients[i], state.servers[i], x, y))
+            metrics.loss(i, s, whole_step(state.clients[i], state.servers[i], x, y, state.criterion))
 
     if _shared(state):
         for i in state.present:  # each goes on from where the one before left the shared half
@@ -125,7 +125,7 @@ def splitfed_round(
         for s, x, y in state.batches(i, rnd):
             smashed = client.forward(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
-            loss, cut_grad = server_step(server, at_server, labels, return_cut_grad=client.learns)
+            loss, cut_grad = server_step(server, at_server, labels, client.learns, state.criterion)
             if client.learns:
                 client.backward(smashed, link.down(cut_grad=cut_grad))
             metrics.loss(i, s, loss)
@@ -174,13 +174,14 @@ def cse_fsl_round(
             smashed = client.forward(x)
             if s % q == 0:
                 yield s, smashed.detach(), y
-            loss, cut_grad = server_step(aux, smashed.detach(), y, client.learns)  # the auxiliary model as the server
+            # the auxiliary model as the server
+            loss, cut_grad = server_step(aux, smashed.detach(), y, client.learns, state.criterion)
             client.backward(smashed, cut_grad)
             metrics.loss(i, s, loss, at="aux")
 
     for i, s, smashed, labels in arrivals(state, client_steps):
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, return_cut_grad=False)[0])
+        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
     aggregate(state, rnd, ledger, client_model=state.clients, aux_model=state.auxes)
     return metrics
 
@@ -208,6 +209,9 @@ class JointSettings(SplitSettings):
 
     per_client_loss: bool = False  # a client gets its own mean loss's gradient, not its part of the joint mean's
 
+    def images_only(self) -> str:
+        return "its joint batch and the shares of its gradient are of samples with one label each"
+
 # %% ../../nbs/21_algorithms.baselines.ipynb #2445c47b
 def ssl_round(
     state: State,
@@ -215,14 +219,14 @@ def ssl_round(
     ledger: Ledger,
 ) -> Metrics:
     "One client after another, each with the model that the one before has left (Gupta & Raskar, 2018)."
-    metrics, (server,), criterion = Metrics(), state.servers, LOSSES[state.experiment.algorithm.loss]
+    metrics, (server,), criterion = Metrics(), state.servers, state.criterion
     last = state.previous[-1]  # the first goes on from the last of the round before
     for i in state.present:
         link = ledger.link(rnd, i)
-        arrived, last = link.down(client_model=state.clients[last].model), i
+        arrived, last = link.down(client_model=state.clients[last]), i
         model = {name: tensor.clone() for name, tensor in arrived.items()}  # this client may take the other's place
         client = state.clients[i]
-        client.model.load_state_dict(model)
+        client.load(model)
         for s, x, y in state.batches(i, rnd):
             smashed = client.forward(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
@@ -230,7 +234,7 @@ def ssl_round(
             if client.learns:
                 client.backward(smashed, link.down(cut_grad=cut_grad))
             metrics.loss(i, s, loss)
-        link.up(client_model=client.model)
+        link.up(client_model=client)
     return metrics
 
 # %% ../../nbs/21_algorithms.baselines.ipynb #1d0ff0dd
@@ -262,7 +266,7 @@ def psl_round(
         arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
         at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
         # 2. One loss over all samples, one step of the server.
-        loss, cut_grad = server_step(server, at_server, labels, state.clients_learn, LOSSES[config.loss])
+        loss, cut_grad = server_step(server, at_server, labels, state.clients_learn, state.criterion)
         # 3. To each client its own slice; every client steps. (No slices for clients that have nothing to train.)
         slices = cut_grad.split([len(z) for z in smashed]) if state.clients_learn else ()
         for z, own, (i, _, y) in zip(smashed, slices, batches, strict=state.clients_learn):

@@ -57,7 +57,7 @@ def frozen_client_round(
 
     for i, s, smashed, labels in arrivals(state, client_steps):
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, return_cut_grad=False)[0])
+        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
     for i in state.present:
         if statistics := dict(state.clients[i].model.named_buffers()):
             ledger.link(rnd, i).up(client_model=statistics)
@@ -83,7 +83,7 @@ def fixed_auxiliary_round(
     metrics, (server,) = Metrics(), state.servers
     for i, s, smashed, labels in arrivals(state, lambda i: client_steps(state, i, rnd, metrics)):
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, return_cut_grad=False)[0])
+        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
 
@@ -125,10 +125,10 @@ def true_gradient_round(
             smashed = client.forward(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
             if s % config.server_update_interval == 0:
-                loss, cut_grad = server_step(server, at_server, labels)
+                loss, cut_grad = server_step(server, at_server, labels, criterion=state.criterion)
                 metrics.loss(i, s, loss)
             else:
-                cut_grad = true_cut_grad(server, at_server, labels)
+                cut_grad = true_cut_grad(server, at_server, labels, state.criterion)
             if client.learns:
                 sent = cut_grad if c == 1 else degrade(cut_grad, c, generator(seed, "turn", i, rnd, s))
                 client.backward(smashed, link.down(cut_grad=sent))

@@ -22,8 +22,8 @@ from ..networks.part import Part
 # %% ../../nbs/16_algorithms.fleet.ipynb #6095762d
 def part_tensors(
     part: Part,  # stays as it is
-) -> dict[str, Tensor]:  # `model.<entry>` and `optimizer.<parameter>.<entry>`; they share the part's memory
-    "All tensors of a part by name."
+) -> dict[str, Tensor]:  # `model.<entry>`, `optimizer.<parameter>.<entry>`, …; they share the part's memory
+    "All tensors of a part by name, but those that are fixed."
     parameters = [name for name, _ in part.model.named_parameters()]
     moments = {
         f"optimizer.{parameters[k]}.{entry}": value
@@ -31,7 +31,8 @@ def part_tensors(
         for entry, value in entries.items()
         if isinstance(value, Tensor)  # SGD without momentum has an entry that is None
     }
-    return {f"model.{name}": tensor for name, tensor in part.model.state_dict().items()} | moments
+    made = {} if part.schedule is None else {"schedule.made": part.schedule.made}
+    return {f"model.{name}": tensor for name, tensor in part.exchanged().items()} | moments | made
 
 # %% ../../nbs/16_algorithms.fleet.ipynb #15205c97
 def _moments(
@@ -55,7 +56,10 @@ def load_tensors(
 ) -> None:
     "Make `part` what the other part was. Learning rates and schedules stay."
     prefix = "model."
-    part.model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    part.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    if part.schedule is not None and "schedule.made" in tensors:
+        part.schedule.made.copy_(tensors["schedule.made"])
+        part.schedule.follow(part.schedule.client)
     own, there = _moments(part, tensors), part.optimizer.state
     if own.keys() == there.keys() and all(own[p].keys() == there[p].keys() for p in own):
         for p, entries in own.items():  # into the places that they have, which recordings know
@@ -147,6 +151,8 @@ class Fleet(Sequence[Part]):
                 self._rest.wake(i, slot)
                 self._working[i] = slot
                 slot.owner = (*slot.owner[:1], i)
+                if slot.schedule is not None:
+                    slot.schedule.follow(i)
             self._working.move_to_end(i)
             return self._working[i]
 
@@ -163,7 +169,7 @@ class Fleet(Sequence[Part]):
     def load_models(self, state: dict[str, Tensor]) -> None:
         "Give every client the same model, of this state dict."
         for slot in self.slots:
-            slot.model.load_state_dict(state)
+            slot.load(state)
         self._rest.load_models(state)
 
 # %% ../../nbs/16_algorithms.fleet.ipynb #04625a02

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'SHORT_ALIGNMENT', 'SAGE_COST', 'SAGE', 'SageSettings', 'SageState', 'alignment_memory', 'aligned_sizes',
-           'init', 'target_of', 'align_client', 'client_steps', 'run_round', 'jointly_aligned_round']
+           'init', 'align_criterion', 'align_batches', 'target_of', 'align_client', 'client_steps', 'run_round',
+           'jointly_aligned_round']
 
 # %% ../../nbs/22_algorithms.sage.ipynb #7ff4c884
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,17 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks.auxiliary import AlignmentBuffer, align, estimate_cut_grad, look_at_estimate, true_cut_grad
+from ..networks.auxiliary import AlignmentBuffer, RingBuffer, align, estimate_cut_grad
+from ..networks.auxiliary import gradient_by_batches, look_at_estimate
 from .baselines import UploadSettings
 from .record import EACH, GRADIENT, Algorithm, RoundCost, every
 from ..config import PRESETS, Experiment, setting
 from ..core import generator, held_memory, memory_of, require, tensor_bytes
 from .base import Metrics, aggregate, arrivals, broadcast, each_client
-from .state import LocalData, State, init_parts, require_all_in_flight, trains_on_one
+from .state import LocalData, State, example_batch, init_parts, reads_text
+from .state import require_all_in_flight, trains_on_one
 from .participation import asked_clients
 from ..ledger import Ledger
 from ..networks.cut import evaluated
-from ..networks.part import server_step
+from ..networks.part import NextToken, server_step
 
 # %% ../../nbs/22_algorithms.sage.ipynb #02a0c02d
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class SageSettings(UploadSettings):
     align_tolerance: float = setting(0.0, 0, 0.999)  # end when ten passes lower the error by less than this; 0: never
     align_jointly: bool = False  # all clients with one and the same server: faster, and not the paper's numbers
     warm_start: bool = False  # one round of CSE-FSL before round 0
+    align_masked: bool = True  # of texts: only positions that count are aligned; false: all, as in the released code
+    align_in_order: bool = False  # of texts: batches of an alignment in the buffer's order, not shuffled
+    language_branch: bool = False  # clients step before they upload, into a ring; alignment moves no schedule on
 
     @property
     def first_round(self) -> int:  # type: ignore[override]
@@ -63,15 +69,16 @@ class SageState(State):
     "The federation and the server's alignment buffers."
 
     buffers: list[AlignmentBuffer] = field(default_factory=list)  # one a client
+    told: Callable[[int, AlignmentBuffer, Tensor], None] | None = None  # of each alignment: client, buffer, target
 
 # %% ../../nbs/22_algorithms.sage.ipynb #ce21b4af
 SMALL = 2**19  # pixels of a buffer's images up to which no alignment is large
 
 
-def _held(model: nn.Module, smashed: Tensor, second: bool = False) -> float:
+def _held(model: nn.Module, smashed: Tensor, labels: Tensor, criterion: Any, second: bool = False) -> float:
     "Bytes that an estimate of the gradient at the cut holds for each sample; with `second` also its own derivative."
     with held_memory(model) as held:
-        estimate_cut_grad(model, smashed, torch.zeros(len(smashed), dtype=torch.long, device="meta"), second)
+        estimate_cut_grad(model, smashed, labels, second, criterion)
     return sum(held.values()) / len(smashed)
 
 
@@ -83,9 +90,11 @@ def alignment_memory(
     models = state.clients[0].model, state.servers[0].model, state.auxes[0].model
     try:
         client, server, aux = (deepcopy(model).to("meta").train() for model in models)
-        smashed = client(torch.zeros(2, *state.data[0].image_shape, device="meta")).detach()
+        x, y = example_batch(state.data[0].image_shape, device="meta")
+        smashed = client(x).detach()
         batch = min(size, state.experiment.algorithm.align_batch_size)
-        most = max(size * _held(server, smashed), size * _held(aux, smashed), batch * _held(aux, smashed, second=True))
+        whole, own = batch if reads_text(state.experiment) else size, (smashed, y, align_criterion(state))
+        most = max(whole * _held(server, *own), whole * _held(aux, *own), batch * _held(aux, *own, second=True))
     except (RuntimeError, NotImplementedError):  # a layer that looks at its numbers
         return 0.0
     return most + 2 * size * tensor_bytes(smashed) / len(smashed)
@@ -148,6 +157,8 @@ def _require_alignable(state: SageState) -> None:
 
 def _one(client: nn.Module, model: nn.Module, state: SageState) -> bool:
     "Whether `model` can be trained on the smashed data of one image."
+    if reads_text(state.experiment):  # which has no BatchNorm
+        return True
     example = torch.zeros(2, *state.data[0].image_shape, device=state.device)
     return trains_on_one(model, evaluated(client, example).shape[1:])
 
@@ -158,21 +169,47 @@ def init(
     ledger: Ledger,
 ) -> SageState:
     "One server; an auxiliary model and an empty alignment buffer for every client."
-    size = experiment.algorithm.max_dataset_size
-    state = SageState(**init_parts(experiment, data, auxiliary=True), buffers=[AlignmentBuffer(size) for _ in data])
+    size, kind = experiment.algorithm.max_dataset_size, AlignmentBuffer
+    kind = RingBuffer if experiment.algorithm.language_branch else kind
+    state = SageState(**init_parts(experiment, data, auxiliary=True), buffers=[kind(size) for _ in data])
     if experiment.algorithm.align_jointly:
         require_all_in_flight(state)
     _require_alignable(state)
     broadcast(state, -1, ledger, client_model=state.clients, aux_model=state.auxes)
     return state
 
+# %% ../../nbs/22_algorithms.sage.ipynb #28343f3e
+def align_criterion(
+    state: SageState,
+) -> Callable[..., Tensor]:  # (logits, labels) → mean loss
+    "The loss whose gradients are aligned."
+    criterion = state.criterion
+    masked = state.experiment.algorithm.align_masked
+    return replace(criterion, masked=masked) if isinstance(criterion, NextToken) else criterion
+
+
+def align_batches(
+    state: SageState,
+    i: int,  # client, whose buffer is not empty
+    rnd: int,  # round
+) -> Sequence[Tensor] | None:  # positions in the buffer; None on images
+    "The batches of an alignment on texts."
+    if not reads_text(state.experiment):
+        return None
+    config, n = state.experiment.algorithm, len(state.buffers[i])
+    stream = generator(state.experiment.sampling_seed, "align", i, rnd)
+    order = torch.arange(n) if config.align_in_order else torch.randperm(n, generator=stream)
+    return order.to(state.device).split(config.align_batch_size)
+
 # %% ../../nbs/22_algorithms.sage.ipynb #797ab22b
 def target_of(
     state: SageState,
     i: int,  # client, whose buffer is not empty
+    rnd: int = 0,  # round
 ) -> Tensor:  # cut_grad, as the buffer's smashed data
     "The true gradient at the cut for client `i`'s buffer, from the server as it is now (FSL-SAGE, step 3)."
-    return true_cut_grad(state.servers[0], state.buffers[i].smashed, state.buffers[i].labels)
+    batches = align_batches(state, i, rnd)
+    return gradient_by_batches(state.servers[0], state.buffers[i], align_criterion(state), batches)
 
 # %% ../../nbs/22_algorithms.sage.ipynb #1f3fe0b7
 def align_client(
@@ -183,12 +220,16 @@ def align_client(
 ) -> dict[str, Any]:  # passes made; how good the estimate is, before and after
     "Align client `i`'s auxiliary model with the server (FSL-SAGE, step 3)."
     aux, buffer, config = state.auxes[i], state.buffers[i], state.experiment.algorithm
-    aux = replace(aux, owner=(*aux.owner, "align"))  # the server's passes have random streams of their own
-    error_before, cosine_before = look_at_estimate(aux, buffer, cut_grad)
+    # the server's passes have random streams of their own
+    aux = replace(aux, owner=(*aux.owner, "align"), schedule=None if config.language_branch else aux.schedule)
+    how: Any = {"criterion": align_criterion(state), "batches": align_batches(state, i, rnd)}
+    if state.told is not None:
+        state.told(i, buffer, cut_grad)
+    error_before, cosine_before = look_at_estimate(aux, buffer, cut_grad, **how)
     shuffle = generator(state.experiment.sampling_seed, "align", i, rnd)
     epochs, batch_size, tolerance = config.align_epochs, config.align_batch_size, config.align_tolerance
-    passes = align(aux, buffer, cut_grad, epochs, batch_size, shuffle, tolerance)
-    error_after, cosine_after = look_at_estimate(aux, buffer, cut_grad)
+    passes = align(aux, buffer, cut_grad, epochs, batch_size, shuffle, tolerance, **how)
+    error_after, cosine_after = look_at_estimate(aux, buffer, cut_grad, **how)
     errors = {"error_before": error_before, "error_after": error_after}
     cosines = {"cosine_before": cosine_before, "cosine_after": cosine_after}
     return {"client": i, "buffer_size": len(buffer), "passes": passes, **errors, **cosines}
@@ -201,17 +242,20 @@ def client_steps(
     metrics: Metrics,  # gets the auxiliary model's losses; changed in place
 ) -> Iterator[tuple[int, Tensor, Tensor]]:  # local step, smashed data, labels of every upload
     "Client `i`'s round (FSL-SAGE, steps 1, 2 and 4)."
-    client, aux, q = state.clients[i], state.auxes[i], state.experiment.algorithm.server_update_interval
+    client, aux, config = state.clients[i], state.auxes[i], state.experiment.algorithm
+    q, late = config.server_update_interval, getattr(config, "language_branch", False)  # a control has no such field
     for s, x, y in state.batches(i, rnd):
         # 1. The forward pass.
         smashed = client.forward(x)
         # 2. Every q-th step: upload.
-        if s % q == 0:
+        if s % q == 0 and not late:
             yield s, smashed.detach(), y
         # 4. A step on the estimated gradient.
-        est_cut_grad, aux_loss = estimate_cut_grad(aux, smashed, y)
+        est_cut_grad, aux_loss = estimate_cut_grad(aux, smashed, y, criterion=state.criterion)
         client.backward(smashed, est_cut_grad)
         metrics.loss(i, s, aux_loss, at="aux")
+        if s % q == 0 and late:
+            yield s, smashed.detach(), y
 
 # %% ../../nbs/22_algorithms.sage.ipynb #325fcfe9
 def run_round(
@@ -228,12 +272,12 @@ def run_round(
         link, aux, buffer = ledger.link(rnd, i), state.auxes[i], state.buffers[i]
         # 2. The server learns from what arrives and keeps it.
         at_server, labels = link.up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, return_cut_grad=False)[0])
+        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
         buffer.add(at_server, labels)
         # 3. Every l-th round, at its first step: alignment; the aligned model comes down.
         if due and s == 0:
-            metrics.alignments.append(align_client(state, i, rnd, target_of(state, i)))
-            link.down(aux_model=aux.model)
+            metrics.alignments.append(align_client(state, i, rnd, target_of(state, i, rnd)))
+            link.down(aux_model=aux)
     # 5. Client models are averaged; auxiliary models are not.
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
@@ -250,17 +294,17 @@ def jointly_aligned_round(
 
     def receive(i: int, s: int, smashed: Tensor, labels: Tensor) -> None:
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, return_cut_grad=False)[0])
+        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
         state.buffers[i].add(at_server, labels)
 
     # 1, 2. Everyone's first upload.
     for i, steps in rounds.items():
         receive(i, *next(steps))
     # 3. One server for all targets; then every auxiliary model for itself.
-    targets = {i: target_of(state, i) for i in state.present}
+    targets = {i: target_of(state, i, rnd) for i in state.present}
     metrics.alignments = list(each_client(state, lambda i: align_client(state, i, rnd, targets[i])))
     for i in state.present:
-        ledger.link(rnd, i).down(aux_model=state.auxes[i].model)
+        ledger.link(rnd, i).down(aux_model=state.auxes[i])
     # 4. The rest of the round.
     for arrival in arrivals(state, rounds.__getitem__):
         receive(*arrival)

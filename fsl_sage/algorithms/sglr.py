@@ -48,6 +48,9 @@ class SglrSettings(JointSettings):
     clip_norm: float = setting(0.0, 0, 1e9)  # C: longest a sample's gradient may be in the average; 0: as long as it is
     noise_multiplier: float = setting(0.0, 0, 1e9)  # σ: noise of deviation σ·C on the averaged gradients' sum; 0: none
 
+    def images_only(self) -> str:
+        return "its losses and its mixtures are of samples with one class each"
+
     def check(self) -> None:
         joint, mode = self.per_client_loss and self.mixing_mode != "concat_batch", self.mixing_mode
         require(not joint, "algorithm.per_client_loss", True, f"false with mixing_mode={mode!r}")

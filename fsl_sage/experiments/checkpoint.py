@@ -105,6 +105,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
     for i, buffer in enumerate(getattr(state, "buffers", ())):
         if len(buffer):
             tensors |= {f"buffer.{i}.smashed": buffer.smashed, f"buffer.{i}.labels": buffer.labels}
+            tensors |= {f"buffer.{i}.written": torch.tensor(buffer.written)} if buffer.written else {}
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
@@ -112,7 +113,7 @@ def _channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/29_experiments.checkpoint.ipynb #0f6df8af
-KNOWN = {spec.name for spec in fields(State)} | {"buffers"}  # what `_tensors` and `save_checkpoint` see to
+KNOWN = {spec.name for spec in fields(State)} | {"buffers", "told"}  # what `_tensors` and `save_checkpoint` see to
 
 
 def own_fields(

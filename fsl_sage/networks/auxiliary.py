@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIRST_LAYERS', 'RESNET_SIZES', 'IMAGENET_RESNETS', 'HE_CIFAR_RESNETS', 'AUXILIARIES', 'PLAIN', 'PASSES_BETWEEN_LOOKS',
-           'auxiliary_model', 'estimate_cut_grad', 'true_cut_grad', 'auxiliary_for', 'estimate_error',
-           'AlignmentBuffer', 'alignment_pass', 'align', 'look_at_estimate']
+           'auxiliary_model', 'estimate_cut_grad', 'true_cut_grad', 'auxiliary_for', 'estimate_error', 'joined',
+           'AlignmentBuffer', 'RingBuffer', 'alignment_pass', 'align', 'gradient_by_batches', 'look_at_estimate']
 
 # %% ../../nbs/13_networks.auxiliary.ipynb #27c0c761
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import one_of, require, tensor_bytes
+from .gpt2 import DECODERS, decoder_auxiliary, usual_blocks
 from .recording import recorded
 from .zoo import Padding, head, init_fan_in, init_weights, projection, stage
 from .part import Part
@@ -51,6 +52,11 @@ def _resnet_auxiliary(split: SplitModel, size: str, shortcut=projection, init=in
     return init(nn.Sequential(OrderedDict(layers)))
 
 
+def _decoder_auxiliary(name: str, split: SplitModel, size: str) -> nn.Module:
+    "Random blocks, as many as are usual."
+    return decoder_auxiliary(split.server, usual_blocks(name, split.server))
+
+
 def _simple_conv_auxiliary(split: SplitModel, size: str) -> nn.Module:
     "One linear layer."
     _require_fits(hasattr(split.server, "fc1"), size, "the cut after flatten")
@@ -66,6 +72,7 @@ AUXILIARIES: dict[str, tuple[Callable[[SplitModel, str], nn.Module], tuple[str, 
     **dict.fromkeys(IMAGENET_RESNETS, (_resnet_auxiliary, RESNET_SIZES)),
     **dict.fromkeys(HE_CIFAR_RESNETS, (partial(_resnet_auxiliary, shortcut=Padding, init=init_fan_in), RESNET_SIZES)),
     "simple_conv": (_simple_conv_auxiliary, ("default",)),
+    **{name: (partial(_decoder_auxiliary, name), ("default",)) for name in DECODERS},
 }  # network: how to build its auxiliary model, the sizes there are
 
 
@@ -85,10 +92,11 @@ def estimate_cut_grad(
     smashed: Tensor,  # (batch, …)
     labels: Tensor,  # (batch,)
     create_graph: bool = False,  # True to differentiate the estimate itself, as alignment does
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
 ) -> tuple[Tensor, Tensor]:  # est_cut_grad, as `smashed`; the auxiliary model's loss, a detached scalar
-    "∂ mean cross-entropy(aux(smashed), labels) / ∂ smashed (FSL-SAGE, step 4)."
+    "∂ mean loss(aux(smashed), labels) / ∂ smashed (FSL-SAGE, step 4)."
     smashed = smashed.detach().requires_grad_()
-    loss = F.cross_entropy(aux(smashed), labels)
+    loss = criterion(aux(smashed), labels)
     return torch.autograd.grad(loss, smashed, create_graph=create_graph)[0], loss.detach()
 
 
@@ -96,9 +104,10 @@ def true_cut_grad(
     server: Callable[[Tensor], Tensor],  # smashed data to logits: a Part, or a module
     smashed: Tensor,  # (samples, …)
     labels: Tensor,  # (samples,)
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
 ) -> Tensor:  # cut_grad, as `smashed`
     "The same with the server's model: the alignment target, one mean over all samples (FSL-SAGE, step 3)."
-    return estimate_cut_grad(server, smashed, labels)[0]
+    return estimate_cut_grad(server, smashed, labels, criterion=criterion)[0]
 
 # %% ../../nbs/13_networks.auxiliary.ipynb #7ea73dd0
 class _PlainAttention(nn.MultiheadAttention):
@@ -203,9 +212,23 @@ def estimate_error(
     error = (est_cut_grad - cut_grad).square().sum() / cut_grad.square().sum()
     return error, F.cosine_similarity(est_cut_grad.flatten(), cut_grad.flatten(), dim=0)
 
+# %% ../../nbs/13_networks.auxiliary.ipynb #e6e50592
+def joined(
+    one: Tensor,  # (samples, …)
+    other: Tensor,  # likewise
+) -> Tensor:  # the samples of both
+    "Both in one tensor; where one kind of texts is shorter, with zeros after them."
+    length = [max(sizes) for sizes in zip(one.shape[1:], other.shape[1:], strict=True)]
+
+    def padded(tensor: Tensor) -> Tensor:
+        short = [(0, most - size) for size, most in zip(tensor.shape[1:], length, strict=True)]
+        return F.pad(tensor, [n for pair in reversed(short) for n in pair]) if any(map(any, short)) else tensor
+
+    return torch.cat([padded(one), padded(other)])
+
 # %% ../../nbs/13_networks.auxiliary.ipynb #1c958c60
 class AlignmentBuffer:
-    "The newest `max_size` pairs (smashed, label) of one client, at the server."
+    "The newest `max_size` pairs (smashed, label) of one client, at the server, the oldest first."
 
     def __init__(
         self,
@@ -215,7 +238,8 @@ class AlignmentBuffer:
         require(whole, "algorithm.max_dataset_size", max_size, "a whole number, at least 1")
         self.max_size = max_size
         self.smashed: Tensor | None = None  # (samples, …)
-        self.labels: Tensor | None = None  # (samples,)
+        self.labels: Tensor | None = None  # (samples,), or (samples, 2, L)
+        self.written = 0  # samples so far, where it matters
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)
@@ -228,8 +252,27 @@ class AlignmentBuffer:
         "Append a batch and forget the oldest samples beyond `max_size`. `ValueError` if labels are missing."
         require(len(smashed) == len(labels), "labels", len(labels), f"as many as there are samples ({len(smashed)})")
         if len(self):
-            smashed, labels = torch.cat([self.smashed, smashed]), torch.cat([self.labels, labels])
+            smashed, labels = joined(self.smashed, smashed), joined(self.labels, labels)
         self.smashed, self.labels = smashed[-self.max_size :], labels[-self.max_size :]
+
+
+class RingBuffer(AlignmentBuffer):
+    "The same pairs, each in the slot where it was written: new ones go over the oldest (FSL-SAGE, branch llm)."
+
+    def add(
+        self,
+        smashed: Tensor,  # (batch, …), detached
+        labels: Tensor,  # (batch, …)
+    ) -> None:
+        "Write a batch slot by slot; after the last slot comes slot 0."
+        n, self.written = len(self), int(self.written) + len(labels)
+        slots = torch.arange(self.written - len(labels), self.written)[-self.max_size :] % self.max_size
+        old = (self.smashed, self.labels) if n else (smashed[:0], labels[:0])
+        both = [joined(before, new) for before, new in zip(old, (smashed, labels), strict=True)]
+        size, newest = min(self.written, self.max_size), range(n + len(labels) - len(slots), n + len(labels))
+        source = dict(enumerate(range(n))) | dict(zip(slots.tolist(), newest, strict=True))
+        order = torch.tensor([source[slot] for slot in range(size)], device=labels.device)
+        self.smashed, self.labels = both[0][order], both[1][order]
 
 # %% ../../nbs/13_networks.auxiliary.ipynb #0e049349
 @recorded
@@ -238,9 +281,10 @@ def alignment_pass(
     smashed: Tensor,  # (samples, …)
     labels: Tensor,  # (samples,)
     cut_grad: Tensor,  # as `smashed`: the true gradient
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
 ) -> Tensor:  # squared error before the step, a detached scalar
     "One step of the auxiliary model towards the server's gradient at the cut (FSL-SAGE, step 3)."
-    est_cut_grad, _ = estimate_cut_grad.as_it_stands(aux, smashed, labels, create_graph=True)
+    est_cut_grad, _ = estimate_cut_grad.as_it_stands(aux, smashed, labels, create_graph=True, criterion=criterion)
     error = (est_cut_grad - cut_grad).square().sum()
     aux.step(error)
     return error.detach()
@@ -257,14 +301,17 @@ def align(
     batch_size: int,  # samples
     generator: torch.Generator | None = None,  # shuffles the batches; not needed while one batch holds the buffer
     tolerance: float = 0.0,  # stop when ten passes lower the error by a smaller part than this, in [0, 1); 0: never
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
+    batches: Sequence[Tensor] | None = None,  # positions in the buffer, the same in each pass; None: shuffled
 ) -> int:  # passes made
     "Teach `aux` the server's gradient at the cut. `ValueError` if the buffer is empty (FSL-SAGE, step 3)."
     require(len(buffer) > 0, "buffer", len(buffer), "filled with one sample at least")
     whole, errors, before = batch_size >= len(buffer), [], math.inf
     for epoch in range(1, epochs + 1):
-        batches = [slice(None)] if whole else torch.randperm(len(buffer), generator=generator).split(batch_size)
-        for batch in batches:
-            errors.append(alignment_pass(aux, buffer.smashed[batch], buffer.labels[batch], cut_grad[batch]))
+        shuffled = [slice(None)] if whole else torch.randperm(len(buffer), generator=generator).split(batch_size)
+        for batch in batches or shuffled:
+            smashed, labels, target = buffer.smashed[batch], buffer.labels[batch], cut_grad[batch]
+            errors.append(alignment_pass(aux, smashed, labels, target, criterion=criterion))
         if tolerance > 0 and epoch % PASSES_BETWEEN_LOOKS == 0:
             now, errors = float(torch.stack(errors).mean()), []  # the only place where the host waits for the device
             if now > (1 - tolerance) * before:
@@ -272,15 +319,32 @@ def align(
             before = now
     return epochs
 
+# %% ../../nbs/13_networks.auxiliary.ipynb #7d076d11
+def gradient_by_batches(
+    model: Callable[[Tensor], Tensor],  # a server's Part, or an auxiliary model's
+    buffer: AlignmentBuffer,  # not empty
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
+    batches: Sequence[Tensor] | None = None,  # positions in the buffer; None: one batch holds it
+) -> Tensor:  # as `buffer.smashed`
+    "The gradient at the cut of the buffer's samples, each as in its own batch."
+    if batches is None:
+        return estimate_cut_grad(model, buffer.smashed, buffer.labels, criterion=criterion)[0]
+    whole = torch.empty_like(buffer.smashed)
+    for batch in batches:
+        whole[batch] = estimate_cut_grad(model, buffer.smashed[batch], buffer.labels[batch], criterion=criterion)[0]
+    return whole
+
 # %% ../../nbs/13_networks.auxiliary.ipynb #38a0fd3d
 def look_at_estimate(
     aux: Part,  # stays as it is
     buffer: AlignmentBuffer,  # not empty
     cut_grad: Tensor,  # true gradient for the whole buffer, as `buffer.smashed`
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
+    batches: Sequence[Tensor] | None = None,  # positions in the buffer; None: one batch holds it
 ) -> tuple[Tensor, Tensor]:  # normalised squared error, cosine
     "`estimate_error` of `aux` on the whole buffer; leaves `aux` as it was."
     before = [tensor.clone() for tensor in aux.model.buffers()]
-    est_cut_grad, _ = estimate_cut_grad(aux, buffer.smashed, buffer.labels)
+    est_cut_grad = gradient_by_batches(aux, buffer, criterion, batches)
     for tensor, value in zip(aux.model.buffers(), before, strict=True):
         tensor.copy_(value)
     return estimate_error(est_cut_grad, cut_grad)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'STARTS', 'Embed', 'Affine', 'Adapter', 'QueryKeyValue', 'Attention', 'Mlp', 'Block', 'init_gpt2',
-           'only_adapters', 'gpt2', 'tie', 'hugging_face_name', 'load_hugging_face', 'Decoder', 'decoder_auxiliary',
-           'leave_out_blocks']
+           'only_adapters', 'gpt2', 'tie', 'hugging_face_name', 'load_hugging_face', 'Decoder', 'usual_blocks',
+           'decoder_auxiliary', 'blocks_of', 'leave_out_blocks', 'released_bytes']
 
 # %% ../../nbs/11a_networks.gpt2.ipynb #1c68a7b2
 import math
@@ -277,6 +277,16 @@ DECODERS = {
 STARTS = ("random", "server")
 
 
+def usual_blocks(
+    name: str,  # one of DECODERS
+    server: nn.Module,  # its half
+    asked: int | None = None,  # what the configuration says
+) -> int:
+    "Blocks of a decoder's auxiliary model: those asked for, else as usual, but no more than the server has."
+    there = len([layer for layer in server.modules() if isinstance(layer, Block)])
+    return min(there, DECODERS[name].auxiliary_blocks) if asked is None else asked
+
+
 def decoder_auxiliary(
     server: nn.Module,  # the server's half of a decoder: blocks, ln_f, head
     blocks: int,  # of the auxiliary model, ≥ 0
@@ -300,12 +310,28 @@ def decoder_auxiliary(
     return model
 
 # %% ../../nbs/11a_networks.gpt2.ipynb #9a3d4ec0
+def blocks_of(
+    half: nn.Module,  # a network, or a part of it
+) -> list[Block]:
+    "Its blocks, in order."
+    return [layer for layer in half.modules() if isinstance(layer, Block)]
+
+
 def leave_out_blocks(
     half: nn.Module,  # a server's half, or an auxiliary model; changed in place
     after: int,  # so many of its first blocks are computed
 ) -> int:  # blocks that are computed
     "Let the half's later blocks hand on what they get, as the released code's do."
-    blocks = [layer for layer in half.modules() if isinstance(layer, Block)]
+    blocks = blocks_of(half)
     for j, block in enumerate(blocks):
         block.runs = j < after
     return min(after, len(blocks))
+
+# %% ../../nbs/11a_networks.gpt2.ipynb #5b6c88a1
+def released_bytes(
+    half: nn.Module,  # a client's or server's half, or an auxiliary model
+    context: int,  # positions of its causal masks
+) -> int:
+    "Bytes of the part in the released code."
+    each, masks = next(half.parameters()).element_size(), len(blocks_of(half)) * context**2
+    return each * (sum(parameter.numel() for parameter in half.parameters()) + masks)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HE_CIFAR', 'MODELS', 'OURS', 'init_weights', 'simple_conv', 'BasicBlock', 'Bottleneck', 'projection', 'Padding',
-           'stage', 'head', 'init_fan_in', 'resnet', 'alexnet', 'Network', 'split_model']
+           'stage', 'head', 'init_fan_in', 'resnet', 'alexnet', 'Network', 'split_model', 'split_decoder']
 
 # %% ../../nbs/12_networks.zoo.ipynb #36ce19c5
 from collections import OrderedDict
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core import generator, one_of, require
 from .cut import SplitModel, blamed, cut_layers, keep_modes, located
+from .gpt2 import DECODERS, Adapter, gpt2
 
 # %% ../../nbs/12_networks.zoo.ipynb #29d90eb9
 def init_weights(
@@ -241,6 +242,7 @@ class Network(NamedTuple):
 
     build: Callable[..., nn.Module]  # (in_channels, num_classes, image_size, width) → the whole network
     cut_layer: str  # its last layer at the client
+    reads: str = "images"  # or text; then it is built by `split_decoder`
 
 
 HE_CIFAR: dict[str, Any] = {"base": 16, "stem": "cifar", "shortcut": Padding, "init": init_fan_in}
@@ -256,7 +258,7 @@ MODELS = {
     "resnet110": Network(partial(resnet, (18, 18, 18), **HE_CIFAR), "layer1"),
     "resnet16": Network(partial(resnet, (2, 2, 3), base=16, stem="cifar"), "layer2"),
     "alexnet": Network(alexnet, "pool1"),
-}
+} | {name: Network(gpt2, f"h{sizes.client_blocks - 1}", "text") for name, sizes in DECODERS.items()}
 
 # %% ../../nbs/12_networks.zoo.ipynb #3fcb7001
 def _tried(name: str, whole: nn.Module, at: str, in_channels: int, sides: tuple[int, int]) -> SplitModel:
@@ -307,8 +309,33 @@ def split_model(
     sides = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     large = all(isinstance(side, int) and side >= 8 for side in sides)
     require(large, "image_size", image_size, "at least 8 pixels")
+    require(network.reads == "images", "model.name", name, "a network that reads images; split_decoder builds decoders")
     whole = network.build(in_channels, num_classes, sides[0], width)
     at = network.cut_layer if cut is None else one_of("model.cut", cut, cut_layers(whole))
     if name in OURS and sides[0] == sides[1]:
         return SplitModel.cut(whole, at)
     return _tried(name, whole, at, in_channels, sides)
+
+
+def split_decoder(
+    name: str,  # one of DECODERS
+    vocabulary: int,  # V
+    width: int = 64,  # ≥ 1; 64: as published, others in proportion
+    cut: str | None = None,  # the client's last layer: embed, h0, h1, …; None: the usual one
+    blocks: int | None = None,  # of the whole network; None: as published
+    heads: int | None = None,  # None: as published
+    context: int | None = None,  # positions; None: as published
+    adapter: Adapter | None = None,  # None: all is trained
+) -> SplitModel:
+    """The decoder called `name`, freshly initialised and cut. `ValueError` if a number or the layer is unfit.
+
+    >>> from fsl_sage.networks.zoo import split_decoder
+    >>> split = split_decoder("gpt2_tiny", vocabulary=100, cut="h1")
+    >>> [name for name, _ in split.server.named_children()]
+    ['h2', 'h3', 'ln_f', 'head']
+    """
+    sizes = DECODERS[one_of("model.name", name, DECODERS)]
+    wide, blocks = max(1, sizes.width * width // 64), blocks or sizes.blocks
+    whole = gpt2(vocabulary, context or sizes.context, wide, heads or sizes.heads, blocks, adapter)
+    layers = ["embed", *(f"h{j}" for j in range(blocks))]
+    return SplitModel.cut(whole, one_of("model.cut", cut or MODELS[name].cut_layer, layers))

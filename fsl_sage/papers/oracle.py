@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACE_ALGORITHMS', 'fill_parameters', 'formula_data', 'fingerprint', 'fingerprints', 'spec_experiment', 'spec_sglr',
-           'replay', 'deviations']
+           'replay', 'fill_decoder', 'language_data', 'spec_language', 'evaluate_language', 'deviations']
 
 # %% ../../nbs/43_papers.oracle.ipynb #308e0f42
 import math
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import Experiment, OptimizerConfig, SchedulerConfig, record_of
+from ..config import AdapterConfig, Experiment, OptimizerConfig, SchedulerConfig, record_of
 from ..core import arithmetic, one_of
 from ..algorithms.record import Algorithm
-from ..algorithms.state import FixedData, State
+from ..algorithms.state import FixedData, State, uncounted
 from ..ledger import Ledger
-from ..networks.part import LOSSES
+from ..networks.auxiliary import AlignmentBuffer
+from ..networks.gpt2 import hugging_face_name, leave_out_blocks
+from ..networks.part import LOSSES, NextToken, Part
 from ..costs.clock import attendances
 from ..experiments.train import Round, Run, evaluate, rounds
 
@@ -171,6 +173,8 @@ def replay(
     device: str | torch.device = "cpu",  # what it is computed on
 ) -> list[dict[str, Any]]:  # one entry a round, in the form of the trace
     "Run our algorithm on a trace's settings. `ValueError` names a setting that is unknown."
+    if spec.get("task") == "language":
+        return _replay_language(spec, device)
     one_of("algorithm", spec["algorithm"], (*TRACE_ALGORITHMS, "sglr"))
     experiment = spec_sglr(spec) if spec["algorithm"] == "sglr" else spec_experiment(spec)
     algorithm, ledger, trace = record_of(experiment), Ledger(), []
@@ -183,6 +187,156 @@ def replay(
             accuracy, loss = evaluate(algorithm.evaluation_models(state)[0], test.batches(made.number, 0))
             numbers = {"acc": accuracy, "loss": loss, "comm_bytes": float(ledger.bytes("paper"))}
             trace.append(numbers | _show(state))
+    return trace
+
+# %% ../../nbs/43_papers.oracle.ipynb #342a4b79
+@torch.no_grad()
+def fill_decoder(
+    half: nn.Module,  # a client's or server's half, or an auxiliary model; changed in place
+    seed: int,  # 1 for clients, 2 for the server, 3 for auxiliary models
+) -> None:
+    "Give every tensor but the head its value by formula."
+    tensors = [(name, tensor) for name, tensor in half.named_parameters() if not name.startswith("head.")]
+    for i, (name, tensor) in enumerate(tensors):
+        r = np.random.RandomState(1000 * seed + i).standard_normal(tuple(tensor.shape))
+        small, around_one = name.endswith(("bias", "lora_B")), tensor.ndim == 1 and not name.endswith("bias")
+        tensor.copy_(torch.from_numpy(np.asarray(around_one + (0.02 if small else 0.1) * r)))
+
+
+def language_data(
+    spec: dict[str, Any],  # a trace's settings: vocabulary, length, objective, batch size
+    n: int,  # samples
+    seed: int,  # seed0 + client, 99 for the test set
+    device: str | torch.device = "cpu",
+) -> FixedData:  # x (n, L); y (n, 2, L): targets, mask
+    "Contexts of 2 to 6 random tokens, completions of 3 to 8, cut and filled up with token 0."
+    rs, length, rows = np.random.RandomState(seed), spec["seq_len"], []
+    for _ in range(n):
+        context, completion = rs.randint(2, 7), rs.randint(3, 9)
+        tokens = rs.randint(1, spec["vocab_size"], context + completion)
+        given = context - 1 if spec["objective"] == "clm" else 0
+        learnt = min(len(tokens), length) - (context if spec["objective"] == "clm" else 1)
+        mask = np.concatenate([np.zeros(given, int), np.ones(max(0, learnt), int)])
+        rows.append([np.pad(part[:length], (0, max(0, length - len(part)))) for part in (tokens, tokens[1:], mask)])
+    x, targets, masks = torch.from_numpy(np.array(rows)).long().to(device).unbind(1)
+    return FixedData(x, torch.stack([targets, masks], 1), spec["batch_size"], spec["vocab_size"])
+
+# %% ../../nbs/43_papers.oracle.ipynb #723874a8
+def spec_language(
+    spec: dict[str, Any],  # a trace's settings
+) -> Experiment:
+    "The experiment that a trace of the language branch describes."
+    name, changes = TRACE_ALGORITHMS[spec["algorithm"]]
+    last = -(-spec["sizes"][-1] // spec["batch_size"]) * spec["local_epochs"] * spec["rounds"]
+
+    def optimizer(part: str, warmup: int | None, total: int | None) -> OptimizerConfig:
+        schedule = SchedulerConfig("warmup_linear", warmup_steps=warmup or 0, total_steps=total)
+        own = {"weight_decay": spec["weight_decay"], "betas": tuple(spec["betas"]), "eps": spec["eps"]}
+        return OptimizerConfig("adamw_released", spec[part], scheduler=None if warmup is None else schedule, **own)
+
+    own = ("align_interval", "align_epochs", "align_batch_size", "max_dataset_size")
+    changes = changes | {"algorithm.label_smooth": spec["label_smooth"]}
+    if "server_update_interval" in spec:
+        changes["algorithm.server_update_interval"] = spec["server_update_interval"]
+    if name == "fsl_sage":
+        changes |= {f"algorithm.{field}": spec[field] for field in own}
+        released = {"language_branch": True, "align_masked": False, "align_in_order": True}
+        changes |= {f"algorithm.{field}": value for field, value in released.items()}
+    if "aux_lr" in spec:
+        changes["model.auxiliary.optimizer"] = optimizer("aux_lr", spec["aux_warmup_steps"], last)
+        changes["model.auxiliary.blocks"] = spec["n_auxiliary_layer"]
+    warmup, below = spec["warmup_steps"], spec["n_client_layer"]
+    return Experiment(num_clients=len(spec["sizes"]), rounds=spec["rounds"]).replace(**{
+        "algorithm.name": name,
+        "model.name": "gpt2_tiny",
+        "model.width": spec["n_embd"],  # of gpt2_tiny's 64
+        "model.blocks": below + spec["n_server_layer"],
+        "model.heads": spec["n_head"],
+        "model.context": spec["n_positions"],
+        "model.cut": f"h{below - 1}" if below else "embed",
+        "model.adapter": AdapterConfig(spec["lora_attn_dim"], spec["lora_attn_alpha"]),
+        "model.client.batch_size": spec["batch_size"],
+        "model.client.epoch": spec["local_epochs"],
+        "model.client.optimizer": optimizer("lr", warmup, None),
+        "model.server.optimizer": optimizer("lr", warmup, None if name == "fed_avg" else last),
+        **changes,
+    })
+
+# %% ../../nbs/43_papers.oracle.ipynb #c6dfde52
+def _start_language(spec: dict[str, Any], experiment: Experiment, ledger: Ledger, device: str | torch.device) -> State:
+    data = [language_data(spec, n, spec.get("seed0", 10) + i, device) for i, n in enumerate(spec["sizes"])]
+    ledger.phase = "start"
+    state = record_of(experiment).init(experiment, data, ledger)
+    for seed, parts in enumerate((state.clients, state.servers, state.auxes), start=1):
+        for part in parts:
+            fill_decoder(part.model.double(), seed)
+            for layer in part.model.modules():
+                if isinstance(layer, nn.LayerNorm):
+                    layer.eps = spec["layer_norm_epsilon"]
+    table = state.clients[0].model.get_submodule("embed").wte.weight.detach()
+    for part in (*state.servers, *state.auxes):
+        part.model.get_submodule("head").weight.data.copy_(table)
+        if spec["blocks_run"] == "as_released":
+            leave_out_blocks(part.model, spec["n_client_layer"])
+    ledger.beside, ledger.phase = uncounted(state, spec["n_ctx"]), "round"
+    return state
+
+
+def _trained(part: Part, first: int) -> dict[str, list[float]]:
+    "The fingerprints of what is trained, by Hugging Face's names."
+    named = part.model.named_parameters()
+    return {hugging_face_name(name, first): fingerprint(p) for name, p in named if p.requires_grad}
+
+
+@torch.no_grad()
+def evaluate_language(
+    model: nn.Module,
+    test: FixedData,
+    criterion: NextToken,
+) -> dict[str, float]:
+    "Mean of the batches' losses, their sum a sample, and the negative log-likelihood a token."
+    batches = [(model(x), y) for x, y in test.batches(0, 0)]
+    losses = [float(criterion(logits, y)) for logits, y in batches]
+    tokens = sum(int(y[:, 1].sum()) for _, y in batches)
+    nll = sum(float(NextToken()(logits, y, "sum")) for logits, y in batches) / tokens
+    return {"loss": sum(losses) / len(losses), "loss_released": sum(losses) / len(test), "nll": nll}
+
+# %% ../../nbs/43_papers.oracle.ipynb #7718faf6
+def _show_language(state: State, spec: dict[str, Any]) -> dict[str, Any]:
+    below = spec["n_client_layer"]
+    client, server = _trained(state.clients[0], 0), _trained(state.servers[0], below)
+    shown = {"client_lr": state.clients[0].lr}
+    if len(state.auxes):
+        shown["aux_lr"] = state.auxes[0].lr
+    if "fed_avg" in spec["algorithm"]:
+        whole = [(f"{half}.{name}", f) for half, part in enumerate((client, server)) for name, f in part.items()]
+        return shown | {"client": dict(whole)}
+    aux = {"aux": [_trained(part, 0) for part in state.auxes]} if len(state.auxes) else {}
+    return shown | {"server_lr": state.servers[0].lr, "client": client, "server": server, **aux}
+
+
+def _replay_language(spec: dict[str, Any], device: str | torch.device) -> list[dict[str, Any]]:
+    "`replay` of a trace of the language branch."
+    one_of("algorithm", spec["algorithm"], TRACE_ALGORITHMS)
+    experiment, ledger, trace, seen = spec_language(spec), Ledger(), [], []
+    state, test = _start_language(spec, experiment, ledger, device), language_data(spec, spec["test_size"], 99, device)
+
+    def told(i: int, buffer: AlignmentBuffer, cut_grad: Tensor) -> None:
+        whole = float(cut_grad.square().sum())
+        seen.append({"size": len(buffer), "buffer": fingerprint(buffer.smashed), "target": fingerprint(cut_grad)})
+        seen[-1] |= {"error_before": whole, "error_after": whole}
+
+    if hasattr(state, "told"):
+        state.told = told
+    for made in rounds(Run(state, ledger, attendances(experiment, spec["sizes"]))):
+        model = record_of(experiment).evaluation_models(state)[0]
+        row = evaluate_language(model, test, state.criterion)
+        row |= {"comm_bytes": float(ledger.bytes("released"))}
+        row |= {"presents_bytes": float(sum(t.bytes for t in ledger.transfers if t.kind == "kv"))}
+        for one, errors in zip(seen, made.metrics.alignments, strict=True):
+            one |= {name: one[name] * float(errors[name]) for name in ("error_before", "error_after")}
+        trace.append(row | _show_language(state, spec) | ({"alignments": list(seen)} if seen else {}))
+        seen.clear()
     return trace
 
 # %% ../../nbs/43_papers.oracle.ipynb #32b43e70
