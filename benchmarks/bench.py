@@ -32,7 +32,8 @@ from fsl_sage.algorithms.base import Metrics
 from fsl_sage.algorithms.fleet import clients_in_flight
 from fsl_sage.algorithms.record import label
 from fsl_sage.algorithms.state import State
-from fsl_sage.config import PRECISIONS, Experiment, preset
+from fsl_sage.config.experiment import PRECISIONS, Experiment
+from fsl_sage.config.presets import preset
 from fsl_sage.core import arithmetic, atomic_path, choose_device
 from fsl_sage.costs.table import CountFlops
 from fsl_sage.data.batches import ClientData
@@ -41,7 +42,8 @@ from fsl_sage.experiments.provenance import provenance
 from fsl_sage.ledger import Ledger
 from fsl_sage.networks.auxiliary import estimate_cut_grad, true_cut_grad
 from fsl_sage.networks.part import Part
-from fsl_sage.papers.plots import new_figure, stamp
+from fsl_sage.papers.plots import new_figure
+from fsl_sage.papers.saving import stamp
 
 HERE = Path(__file__).parent
 WHOLE = ("centralised", "fed_avg", "sl_single_server", "sl_multi_server", "ssl")  # one batch after another

@@ -144,8 +144,9 @@ def step_smoke(args: argparse.Namespace) -> None:
     import torch
 
     from fsl_sage.algorithms.all import ALGORITHMS
-    from fsl_sage.config import preset
-    from fsl_sage.experiments.train import Callback, train, train_state
+    from fsl_sage.config.presets import preset
+    from fsl_sage.experiments.callbacks import Callback
+    from fsl_sage.experiments.train import train, train_state
 
     class Stop(Callback):
         def round(self, row: dict[str, Any], models: Any) -> None:
@@ -181,7 +182,7 @@ def parts_of(precision: str, device: str, tiny: bool) -> tuple:
     import torch
 
     from fsl_sage.algorithms.all import ALGORITHMS
-    from fsl_sage.config import preset
+    from fsl_sage.config.presets import preset
     from fsl_sage.data.batches import ClientData
     from fsl_sage.data.images import Images
     from fsl_sage.ledger import Ledger
@@ -209,7 +210,7 @@ def kinds_of_work(state: Any, x: Any, y: Any, smashed: Any, target: Any) -> dict
     import torch
 
     from fsl_sage.core import weighted_average
-    from fsl_sage.experiments.train import evaluate
+    from fsl_sage.experiments.history import evaluate
     from fsl_sage.networks.auxiliary import align, estimate_cut_grad
     from fsl_sage.networks.cut import SplitModel
     from fsl_sage.networks.part import server_step
@@ -265,7 +266,7 @@ def step_recorded(args: argparse.Namespace) -> None:
     """Whole rounds of each method as they stand and recorded: seconds, the largest difference, what was warned of."""
     import warnings
 
-    from fsl_sage.config import preset
+    from fsl_sage.config.presets import preset
     from fsl_sage.experiments.train import train
     from fsl_sage.networks.recording import OnGpu, Pretended, recording
 
@@ -336,7 +337,7 @@ def headline(args: argparse.Namespace) -> list:
 
 def sglr(args: argparse.Namespace) -> list:
     """SGLR with 6, 8 and 10 clients: every `lr_power` of Table 1, then averaging."""
-    from fsl_sage.config import preset
+    from fsl_sage.config.presets import preset
 
     size = {"dataset.name": "fmnist_mini", "dataset.samples_per_client": 20, "dataset.val_size": 50, "rounds": 2,
             "dataset.max_test": 50, "model.width": 4} if args.tiny else {}  # fmt: skip
@@ -369,8 +370,8 @@ def small(args: argparse.Namespace) -> dict[str, Any]:
 
 def step_runs(args: argparse.Namespace, experiments: list) -> None:
     """Train what the store does not have, side by side; each run is stored as it finishes."""
+    from fsl_sage.experiments.pool import train_missing
     from fsl_sage.experiments.provenance import provenance
-    from fsl_sage.experiments.runs import train_missing
 
     (THERE / "machine.json").write_text(json.dumps(provenance(args.device)))  # for runs that are cut short
     failed = train_missing(STORE, experiments, args.device, str(THERE / "data"), True, args.jobs)
@@ -615,9 +616,9 @@ def finish(head: dict[str, Any], made_with: dict[str, Any], folder: Path) -> str
     """Keep a run that the time cut short as what it is, a run of so many rounds; say what became of it."""
     import pandas as pd
 
-    from fsl_sage.config import from_dict
+    from fsl_sage.config.experiment import from_dict
+    from fsl_sage.experiments.history import ALIGNMENT_COLUMNS, History
     from fsl_sage.experiments.store import put_run, run_lock
-    from fsl_sage.experiments.train import ALIGNMENT_COLUMNS, History
     from fsl_sage.ledger import Ledger, Transfer
 
     whole, done, ledger = from_dict(head["experiment"]), head["progress"], Ledger()

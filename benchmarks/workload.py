@@ -1,6 +1,6 @@
 """The published settings, smaller: what two rounds on a fifth of CIFAR-10 take on this machine, and what comes of them.
 
-`python benchmarks/workload.py --data-root FOLDER`, where FOLDER has cifar10.npz (nbs/04_data.sources says how it is
+`python benchmarks/workload.py --data-root FOLDER`, where FOLDER has cifar10.npz (nbs/08_data.sources says how it is
 made). Everything is as in the preset `paper` (ResNet-18, 10 clients, batches of 256, q = 5, 100 passes of alignment)
 but for what is said on the command line: images and rounds. Seconds are those of a whole `train`, evaluation included.
 """
@@ -14,7 +14,8 @@ from bench import HERE, table, write_csv
 from tqdm import tqdm
 
 from fsl_sage.algorithms.record import label
-from fsl_sage.config import PRECISIONS, preset
+from fsl_sage.config.experiment import PRECISIONS
+from fsl_sage.config.presets import preset
 from fsl_sage.core import choose_device
 from fsl_sage.experiments.provenance import provenance
 from fsl_sage.experiments.train import train

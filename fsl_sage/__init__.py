@@ -5,16 +5,21 @@ from importlib import import_module as _import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config": "Experiment from_dict preset",
+    "config.experiment": "Experiment from_dict",
+    "config.presets": "preset",
     "data.sources": "load",
     "data.partition": "partition",
     "ledger": "Ledger",
     "networks.zoo": "split_model",
     "networks.cut": "cut_layers",
     "networks.auxiliary": "auxiliary_for",
-    "experiments.train": "Callback History train train_state",
-    "experiments.runs": "RunStore tidy",
-    "experiments.plugins": "algorithm auxiliary dataset load_plugins network",
+    "experiments.history": "History",
+    "experiments.callbacks": "Callback",
+    "experiments.train": "train train_state",
+    "experiments.stored": "tidy",
+    "experiments.runs": "RunStore",
+    "experiments.plugins": "algorithm auxiliary dataset network",
+    "experiments.plugin_files": "load_plugins",
     "papers.plots": "plot_curves",
     "papers.watch": "look watched_rounds",
 }

@@ -6,9 +6,10 @@ import torch
 from fsl_sage.algorithms import sage
 from fsl_sage.algorithms.sage import aligned_sizes, alignment_memory, init
 from fsl_sage.algorithms.state import FixedData, init_parts
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.core import held_memory
-from fsl_sage.experiments.train import set_up, train_state
+from fsl_sage.experiments.setup import set_up
+from fsl_sage.experiments.train import train_state
 from fsl_sage.ledger import Ledger
 from fsl_sage.networks.auxiliary import true_cut_grad
 from fsl_sage.papers.watch import watched_rounds

@@ -10,13 +10,18 @@ from torch import nn
 from fsl_sage import algorithm, network
 from fsl_sage.algorithms.base import Metrics, aggregate, each_client, whole_step
 from fsl_sage.algorithms.baselines import FedAvgSettings, init_fed_avg
-from fsl_sage.config import PLUGGED, preset
+from fsl_sage.config.experiment import PLUGGED
+from fsl_sage.config.presets import preset
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.runs import RunStore, read_all
-from fsl_sage.experiments.train import Run, client_data, prepare, train
+from fsl_sage.experiments.loop import Run
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.setup import client_data, prepare
+from fsl_sage.experiments.stored import read_all
+from fsl_sage.experiments.train import train
 from fsl_sage.ledger import Ledger
-from fsl_sage.machines.flower import ask_clients
-from fsl_sage.machines.remote import WireLedger, rounds_here, rounds_of
+from fsl_sage.machines.parties import ask_clients
+from fsl_sage.machines.remote import rounds_here, rounds_of
+from fsl_sage.machines.wire import WireLedger
 from tests.support.asking import Clients, small
 from tests.support.runs import assert_same, stopped_after
 
@@ -27,7 +32,7 @@ SMALL = {"dataset.max_train": 90, "dataset.max_test": 20, "dataset.val_size": 20
 @pytest.fixture(autouse=True)
 def nothing_stays():
     yield
-    for home in {plugins._home(tag) for tag in PLUGGED.values()}:
+    for home in {plugins.home_of(tag) for tag in PLUGGED.values()}:
         plugins.forget(home)
 
 

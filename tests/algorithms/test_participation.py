@@ -9,13 +9,18 @@ from fsl_sage.algorithms.base import Metrics
 from fsl_sage.algorithms.fleet import part_tensors
 from fsl_sage.algorithms.participation import asked_clients, take_part
 from fsl_sage.algorithms.state import FixedData, State
-from fsl_sage.commands.train import comparison, help_text, jobs_of
-from fsl_sage.config import PRESETS, ClockConfig, Experiment, preset
+from fsl_sage.commands.schema import help_text
+from fsl_sage.commands.train import comparison
+from fsl_sage.commands.words import jobs_of
+from fsl_sage.config.experiment import Experiment
+from fsl_sage.config.parts import ClockConfig
+from fsl_sage.config.presets import PRESETS, preset
 from fsl_sage.core import tensor_bytes, weighted_average
 from fsl_sage.costs.clock import Speed, attendances, attended_seconds, client_latency, simulated_seconds, speeds
 from fsl_sage.costs.table import Costs, costs_of
 from fsl_sage.experiments.runs import RunStore
-from fsl_sage.experiments.train import register_of, set_up, train, train_state
+from fsl_sage.experiments.setup import register_of, set_up
+from fsl_sage.experiments.train import train, train_state
 from fsl_sage.ledger import Ledger
 from tests.support.runs import stopped_after
 

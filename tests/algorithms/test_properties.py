@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.sage import SageState
 from fsl_sage.algorithms.state import FixedData, State
-from fsl_sage.config import Experiment, preset
+from fsl_sage.config.experiment import Experiment
+from fsl_sage.config.presets import preset
 from fsl_sage.core import tensor_bytes, weighted_average
 from fsl_sage.experiments.train import train
 from fsl_sage.ledger import Ledger

@@ -11,10 +11,15 @@ from torch import nn
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.sglr import MIXES, MIXING_MODES, ManyHeads, active_clients, fraction_now, n_active
 from fsl_sage.algorithms.state import FixedData, State
-from fsl_sage.config import Experiment, SchedulerConfig, preset, settings_of
+from fsl_sage.config.experiment import Experiment
+from fsl_sage.config.parts import SchedulerConfig
+from fsl_sage.config.presets import preset
+from fsl_sage.config.settings import settings_of
 from fsl_sage.core import generator, tensor_bytes, weighted_average
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.train import evaluate_mean, prepare, selected, train
+from fsl_sage.experiments.history import evaluate_mean
+from fsl_sage.experiments.setup import prepare
+from fsl_sage.experiments.train import selected, train
 from fsl_sage.ledger import Ledger, table6_bytes, table6_seconds
 from fsl_sage.networks.part import LOSSES, Part
 from fsl_sage.networks.zoo import split_model

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from fsl_sage.commands import reproduce
 from fsl_sage.commands import runs as runs_cli
-from fsl_sage.commands.train import explained, jobs_of, main
-from fsl_sage.config import preset
-from fsl_sage.experiments import runs
+from fsl_sage.commands.schema import explained
+from fsl_sage.commands.train import main
+from fsl_sage.commands.words import jobs_of
+from fsl_sage.config.presets import preset
+from fsl_sage.experiments import attempt
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import checkpoint_of, model_of
 from fsl_sage.networks.zoo import resnet
@@ -99,7 +101,7 @@ def test_without_arguments_it_begins_with_what_is_here(store, tmp_path):
 def test_one_store_with_the_notebooks(store, capsys, monkeypatch):
     assert main([*SMALL, "algorithm=fed_avg"]) == 0
     assert store.find(preset("smoke", "fed_avg", rounds=1)) is not None
-    monkeypatch.setattr(runs, "train", None)  # whoever trains now, fails
+    monkeypatch.setattr(attempt, "train", None)  # whoever trains now, fails
     assert main([*SMALL, "algorithm=fed_avg"]) == 0
     printed = capsys.readouterr()
     assert "1 run: 1 in the store" in printed.err and preset("smoke", "fed_avg", rounds=1).hash in printed.out
@@ -332,7 +334,7 @@ shape: tuple[int, ...] = ()
 counts: dict[str, int] = {}
 """
 CHECKED = """
-from fsl_sage.config import check_parameters
+from fsl_sage.config.presets import check_parameters
 check_parameters(globals())
 print((size, kind, place, shape, counts))
 """

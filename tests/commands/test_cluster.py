@@ -8,8 +8,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from fsl_sage.config import preset
-from fsl_sage.experiments.runs import RunStore, read_all
+from fsl_sage.config.presets import preset
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.stored import read_all
 from tests.support import ROOT
 
 ALONE = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]  # a network with loopback only

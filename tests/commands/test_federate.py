@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 from fsl_sage.commands import federate
-from fsl_sage.commands.federate import Federation, Processes, federation, follow, main, run_config
-from fsl_sage.config import preset
+from fsl_sage.commands.federate import Processes, main
+from fsl_sage.commands.federation import Federation, federation, follow, run_config, write_app
+from fsl_sage.config.presets import preset
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.train import train
 from fsl_sage.machines import flower
@@ -243,7 +244,7 @@ def run(tmp_path_factory):
         thief = threading.Thread(target=steal, args=(here,))
         thief.start()
         (strange := folder / "strange" / "fsl_sage_app").mkdir(parents=True)
-        federate.write_app(strange.parent, {})
+        write_app(strange.parent, {})
         (strange / "app.py").write_text(STRANGE.format(str(folder / "pwned")))
 
         def said():

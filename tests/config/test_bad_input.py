@@ -13,13 +13,17 @@ import pytest
 import torch
 
 from fsl_sage.algorithms.sglr import epsilon
-from fsl_sage.config import ClientConfig, ClockConfig, DatasetConfig, Experiment, check_parameters, from_dict, preset
+from fsl_sage.config.experiment import Experiment, from_dict
+from fsl_sage.config.parts import ClientConfig, ClockConfig, DatasetConfig
+from fsl_sage.config.presets import check_parameters, preset
 from fsl_sage.core import choose_device, generator, tensor_bytes, weighted_average
 from fsl_sage.data.partition import partition
 from fsl_sage.data.sources import load
-from fsl_sage.experiments.runs import RunStore, tidy
+from fsl_sage.experiments.history import DivergedError
+from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import StoreError
-from fsl_sage.experiments.train import DivergedError, train
+from fsl_sage.experiments.stored import tidy
+from fsl_sage.experiments.train import train
 from fsl_sage.ledger import Ledger, table6_bytes
 from fsl_sage.networks.auxiliary import AlignmentBuffer, align, auxiliary_for, auxiliary_model
 from fsl_sage.networks.cut import SplitModel, cut_layers
@@ -27,7 +31,7 @@ from fsl_sage.networks.zoo import split_model
 from fsl_sage.papers.claims import published
 from fsl_sage.papers.explore import explore
 from fsl_sage.papers.leakage import distance_correlation, ssim
-from fsl_sage.papers.plots import save_figure
+from fsl_sage.papers.saving import save_figure
 
 FIELDS = [
     ({"num_clients": 0}, "num_clients=0"),

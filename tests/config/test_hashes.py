@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fsl_sage.commands.reproduce import plan, planned
+from fsl_sage.commands.figures import plan, planned
 from tests.support import ROOT
 
 HASHES = json.loads((Path(__file__).parent / "hashes.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision.models as zoo
 
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.core import held_memory, tensor_bytes
 from fsl_sage.experiments.train import train
 from fsl_sage.networks.auxiliary import auxiliary_model

@@ -6,7 +6,8 @@ import torch
 from fsl_sage.algorithms.all import ALGORITHMS, LABELS, cost_words
 from fsl_sage.algorithms.participation import take_part
 from fsl_sage.algorithms.state import FixedData
-from fsl_sage.config import algorithms, preset
+from fsl_sage.config.presets import preset
+from fsl_sage.config.settings import algorithms
 from fsl_sage.costs.clock import attendances, order_of
 from fsl_sage.costs.table import CountFlops, costs_of
 from fsl_sage.ledger import Ledger

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from fsl_sage.config import Experiment, from_dict, preset
+from fsl_sage.config.experiment import Experiment, from_dict
+from fsl_sage.config.presets import preset
 from fsl_sage.core import generator
 from fsl_sage.data import files, sources
 from fsl_sage.data.augment import apply_augmentation, augment, draw_augmentation, normalise
@@ -30,7 +31,7 @@ from fsl_sage.data.batches import ClientData, eval_batches
 from fsl_sage.data.images import Images
 from fsl_sage.data.partition import DISTRIBUTIONS, draw_classes, labels_per_client, partition, plot_labels_per_client
 from fsl_sage.data.sources import class_balanced_part, load
-from fsl_sage.experiments.train import prepare
+from fsl_sage.experiments.setup import prepare
 
 some = settings(deadline=None, max_examples=60, derandomize=True)
 

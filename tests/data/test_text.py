@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsl_sage.config import Experiment
+from fsl_sage.config.experiment import Experiment
 from fsl_sage.core import refusal
 from fsl_sage.data import sources, vocabulary
 from fsl_sage.data.batches import ClientData, trimmed
@@ -20,7 +20,7 @@ from fsl_sage.data.sources import load
 from fsl_sage.data.text import Pair, Texts, masked, packed, read_pairs, with_bars
 from fsl_sage.data.vocabulary import byte_pairs, find_ranks, word_vocabulary
 from fsl_sage.experiments.digests import data_digest
-from fsl_sage.experiments.train import client_data, prepare
+from fsl_sage.experiments.setup import client_data, prepare
 
 some = settings(deadline=None, max_examples=80, derandomize=True)
 CPU = torch.device("cpu")

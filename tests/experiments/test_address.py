@@ -11,16 +11,21 @@ from PIL import Image
 
 from fsl_sage.commands.runs import find_run, list_runs, prunable, show_run
 from fsl_sage.commands.train import main
-from fsl_sage.config import PLUGGED, preset
+from fsl_sage.config.experiment import PLUGGED
+from fsl_sage.config.presets import preset
 from fsl_sage.data import sources as data
 from fsl_sage.data.sources import load
 from fsl_sage.experiments import digests
 from fsl_sage.experiments import train as training
+from fsl_sage.experiments.attempt import digest_at, run_name
 from fsl_sage.experiments.digests import data_digest
 from fsl_sage.experiments.models import KeepModel
-from fsl_sage.experiments.plugins import FILES, forget, load_plugins
-from fsl_sage.experiments.runs import RunStore, digest_at, read_all, run_name
+from fsl_sage.experiments.origins import FILES
+from fsl_sage.experiments.plugin_files import load_plugins
+from fsl_sage.experiments.plugins import forget
+from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import checkpoint_of, leftovers, model_of
+from fsl_sage.experiments.stored import read_all
 from fsl_sage.experiments.train import train
 from tests.support.runs import stopped_after
 

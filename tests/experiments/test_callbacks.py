@@ -4,12 +4,15 @@ import pandas as pd
 import pytest
 import torch
 
+from fsl_sage.experiments.callbacks import Callback, StopRun
 from fsl_sage.experiments.checkpoint import load_beside
+from fsl_sage.experiments.history import CallbackError, StoppedError
 from fsl_sage.experiments.loggers import TensorBoard, WandB
 from fsl_sage.experiments.models import KeepModel
-from fsl_sage.experiments.runs import RunStore, read_all, tidy
+from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import checkpoint_of, model_of
-from fsl_sage.experiments.train import Callback, CallbackError, StoppedError, StopRun, train, train_state
+from fsl_sage.experiments.stored import read_all, tidy
+from fsl_sage.experiments.train import train, train_state
 from tests.support.runs import assert_same, sessions_in, tiny
 
 TABLES = ("rounds", "alignments", "ledger")

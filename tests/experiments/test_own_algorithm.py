@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from fsl_sage import RunStore, load_plugins, preset, train
-from fsl_sage.config import PLUGGED, from_dict, settings_of
-from fsl_sage.experiments.plugins import FILES, PluginError, forget
+from fsl_sage.config.experiment import PLUGGED, from_dict
+from fsl_sage.config.settings import settings_of
+from fsl_sage.experiments.origins import FILES
+from fsl_sage.experiments.plugin_files import PluginError
+from fsl_sage.experiments.plugins import forget
 from tests.support import ROOT
 
 TUTORIAL = ROOT / "nbs" / "tutorials" / "own_parts.ipynb"

@@ -16,15 +16,17 @@ from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.commands import runs as runs_cli
 from fsl_sage.commands import train as cli
 from fsl_sage.commands.runs import list_runs, prunable
-from fsl_sage.config import PLUGGED, SESSION, MissingPluginError, preset
+from fsl_sage.config.experiment import PLUGGED, SESSION, MissingPluginError
+from fsl_sage.config.presets import preset
 from fsl_sage.data.sources import load
-from fsl_sage.experiments import digests, plugins
+from fsl_sage.experiments import digests, plugin_files, plugins
+from fsl_sage.experiments.callbacks import Callback
 from fsl_sage.experiments.digests import data_digest
 from fsl_sage.experiments.loggers import TensorBoard, WandB
-from fsl_sage.experiments.plugins import PluginError, load_plugins
+from fsl_sage.experiments.plugin_files import PluginError, load_plugins
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import TABLES
-from fsl_sage.experiments.train import Callback, train
+from fsl_sage.experiments.train import train
 from fsl_sage.networks.zoo import MODELS
 from tests.support import ROOT
 
@@ -51,7 +53,7 @@ SMALL = {"rounds": 1, "dataset.max_train": 90, "dataset.max_test": 50}
 @pytest.fixture(autouse=True)
 def nothing_stays():
     yield
-    for home in {plugins._home(tag) for tag in PLUGGED.values()}:
+    for home in {plugins.home_of(tag) for tag in PLUGGED.values()}:
         plugins.forget(home)
 
 
@@ -282,8 +284,8 @@ def test_the_words_for_a_run_whose_plugin_is_not_loaded_show_it(file, tmp_path, 
 
 def test_a_plugin_that_no_run_uses_gets_a_word(file):
     tags = load_plugins([file(FLAT)])
-    assert plugins.unused(tags, [small()]) == []
-    assert "model=flat" in plugins.unused(tags, [small("simple_conv")])[0]
+    assert plugin_files.unused(tags, [small()]) == []
+    assert "model=flat" in plugin_files.unused(tags, [small("simple_conv")])[0]
 
 
 class Vandal(Callback):

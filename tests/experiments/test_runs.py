@@ -23,17 +23,21 @@ from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.commands import runs as runs_cli
 from fsl_sage.commands import train as cli
 from fsl_sage.commands.runs import import_runs, list_runs, prune
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
+from fsl_sage.experiments import attempt
 from fsl_sage.experiments import provenance as provenance_module
-from fsl_sage.experiments import runs
 from fsl_sage.experiments import store as store_module
 from fsl_sage.experiments import train as training
+from fsl_sage.experiments.callbacks import Callback
 from fsl_sage.experiments.checkpoint import CheckpointError, load_beside
+from fsl_sage.experiments.history import CallbackError, History
 from fsl_sage.experiments.loggers import TensorBoard, WandB
 from fsl_sage.experiments.models import KeepModel, load_model
-from fsl_sage.experiments.runs import RunStore, tidy
+from fsl_sage.experiments.pool import WorkerError
+from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import TABLES, StoreError, checkpoint_of, model_of
-from fsl_sage.experiments.train import Callback, CallbackError, History, train, train_state
+from fsl_sage.experiments.stored import flat, read_all, tidy
+from fsl_sage.experiments.train import train, train_state
 from tests.support.runs import sessions_in
 
 EXPERIMENT = preset("smoke", "fed_avg")
@@ -184,7 +188,7 @@ def test_two_processes_that_want_a_run_train_it_once(history, tmp_path, monkeypa
     (said, started), other = multiprocessing.Pipe(False), EXPERIMENT.replace(seed=7)
     pipes = {experiment.seed: multiprocessing.Pipe(False) for experiment in (EXPERIMENT, other)}
     go_on = {seed: reader for seed, (reader, _) in pipes.items()}
-    monkeypatch.setattr(runs, "train", held_up(history, started, go_on))
+    monkeypatch.setattr(attempt, "train", held_up(history, started, go_on))
     first = in_another_process(get, tmp_path, [EXPERIMENT])
     assert said.recv() == EXPERIMENT.seed  # the first has the lock and trains
     second = in_another_process(get, tmp_path, [EXPERIMENT, other])
@@ -202,7 +206,7 @@ def test_two_processes_that_want_a_run_train_it_once(history, tmp_path, monkeypa
 @posix
 def test_who_waits_says_so_once_and_takes_over_from_the_killed(history, tmp_path, monkeypatch):
     (said, started), (go_on, word), (read, write) = multiprocessing.Pipe(False), multiprocessing.Pipe(False), os.pipe()
-    monkeypatch.setattr(runs, "train", held_up(history, started, {EXPERIMENT.seed: go_on}))
+    monkeypatch.setattr(attempt, "train", held_up(history, started, {EXPERIMENT.seed: go_on}))
     owner = in_another_process(get, tmp_path, [EXPERIMENT])
     said.recv()
     (tmp_path / f".{EXPERIMENT.hash}-half").mkdir()  # as if the owner were writing
@@ -243,7 +247,7 @@ def test_a_folder_that_is_being_written_is_left_alone(history, tmp_path, monkeyp
     assert (
         "nothing to delete" in prune(tmp_path, yes=True) and len(store_module.leftovers(tmp_path, EXPERIMENT.hash)) == 1
     )
-    with runs.run_lock(tmp_path, EXPERIMENT.hash, wait=False) as held:
+    with store_module.run_lock(tmp_path, EXPERIMENT.hash, wait=False) as held:
         assert not held
     word.send("go on")
     writer.join(60)
@@ -263,7 +267,7 @@ def test_one_that_fails_does_not_stop_the_others_in_other_processes(tmp_path):
 
 
 def test_a_run_has_one_thread_however_many_are_trained(tmp_path, monkeypatch, history):
-    monkeypatch.setattr(runs, "train", lambda experiment, *_, **__: replace(history, experiment=experiment))
+    monkeypatch.setattr(attempt, "train", lambda experiment, *_, **__: replace(history, experiment=experiment))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -291,7 +295,7 @@ def test_a_run_of_another_version_is_refused_and_can_be_pruned(history, tmp_path
     path.write_text(text.replace(old, new))
     with pytest.raises(StoreError):
         RunStore(tmp_path).find(EXPERIMENT)
-    (stored,) = runs.read_all(tmp_path)
+    (stored,) = read_all(tmp_path)
     assert stored.history is None and words in stored.problem
     assert EXPERIMENT.hash in prune(tmp_path, yes=False) and path.exists()
     prune(tmp_path, yes=True)
@@ -299,7 +303,7 @@ def test_a_run_of_another_version_is_refused_and_can_be_pruned(history, tmp_path
 
 
 def test_checkpoint_of_a_run_goes_when_it_is_stored_or_set_aside(history, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "train", lambda experiment, *_, **__: replace(history, experiment=experiment))
+    monkeypatch.setattr(attempt, "train", lambda experiment, *_, **__: replace(history, experiment=experiment))
     store, checkpoint = RunStore(tmp_path), checkpoint_of(tmp_path, EXPERIMENT.hash)
     for work in (lambda: get(tmp_path, [EXPERIMENT]), lambda: store.set_aside([EXPERIMENT])):
         checkpoint.parent.mkdir(exist_ok=True)
@@ -319,7 +323,7 @@ def test_killed_ten_times_the_history_is_the_same_to_the_byte(algorithm, tmp_pat
     def train(experiment, device, root, progress, checkpoint, **_):
         return train_state(experiment, device, root, progress, checkpoint=checkpoint, checkpoint_seconds=0)[0]
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(attempt, "train", train)
     own = {"algorithm.align_interval": 3, "algorithm.align_epochs": 3} if algorithm == "fsl_sage" else {}
     run = preset("smoke", algorithm, rounds=20, **{"dataset.max_train": 200, "dataset.max_test": 20}, **own)
     get(tmp_path / "warm", [run])
@@ -456,7 +460,7 @@ def test_prune_deletes_nothing_behind_a_link(name, tmp_path):
     (store / name).symlink_to(thesis)
     before = sorted(thesis.rglob("*"))
     assert f"{name}: stays: a link" in prune(store, yes=True)
-    with runs.run_lock(store, "0" * 16) if name != "locks" else pytest.MonkeyPatch.context():
+    with store_module.run_lock(store, "0" * 16) if name != "locks" else pytest.MonkeyPatch.context():
         assert sorted(thesis.rglob("*")) == before
 
 
@@ -543,7 +547,7 @@ def test_a_run_that_is_given_twice_is_no_repetition(history):
 
 
 def test_fields_at_their_defaults_are_shown(history):
-    assert {"participation", "clock", "plugins", "dataset.size_spread"} <= set(runs.flat(EXPERIMENT))
+    assert {"participation", "clock", "plugins", "dataset.size_spread"} <= set(flat(EXPERIMENT))
 
 
 def test_a_wheel_inside_a_checkout_is_not_described_by_its_commit(tmp_path, monkeypatch):
@@ -552,10 +556,10 @@ def test_a_wheel_inside_a_checkout_is_not_described_by_its_commit(tmp_path, monk
     installed.mkdir(parents=True)
     monkeypatch.setattr(provenance_module, "_git", lambda *_: "somebody's commit")
     monkeypatch.setattr(fsl_sage, "__file__", str(installed / "__init__.py"))
-    made_with = runs.provenance("cpu")
+    made_with = provenance_module.provenance("cpu")
     assert (made_with["commit"], made_with["modified"]) == (None, None)
     monkeypatch.setattr(fsl_sage, "__file__", str(tmp_path / "fsl_sage" / "__init__.py"))
-    assert runs.provenance("cpu")["commit"] == "somebody's commit"
+    assert provenance_module.provenance("cpu")["commit"] == "somebody's commit"
 
 
 def test_runs_that_come_home(history, tmp_path, capsys):
@@ -614,7 +618,7 @@ def test_a_callback_that_fails_costs_no_run(event, heard, diverges, tmp_path, mo
     callbacks = [FailsIn(event, said), FailsIn("nowhere", fine)]
     with pytest.raises(RuntimeError, match=r"complete, but FailsIn failed \(OSError.*No space left"):
         RunStore(tmp_path).get([experiment], "cpu", progress=False, jobs=1, callbacks=callbacks)
-    (stored,) = runs.read_all(tmp_path)
+    (stored,) = read_all(tmp_path)
     assert stored.history.stopped == ("diverged" if diverges else "rounds")
     assert said == heard and fine == [0, 1, *([] if diverges else [2]), "end"]
     assert not checkpoint_of(tmp_path, experiment.hash).exists()
@@ -680,7 +684,7 @@ def test_no_place_for_models_is_said_before_training(tmp_path):
 
 def test_the_model_of_a_diverged_run_is_not_promised(history, tmp_path):
     gone = replace(history, stopped="diverged")
-    runs.put_run(tmp_path / "diverged" / EXPERIMENT.hash, gone, runs.provenance("cpu"))
+    store_module.put_run(tmp_path / "diverged" / EXPERIMENT.hash, gone, provenance_module.provenance("cpu"))
     with pytest.raises(ValueError, match="did not diverge"):
         load_model(tmp_path, EXPERIMENT.hash)
 
@@ -815,9 +819,10 @@ def test_after_a_stop_tensorboard_shows_each_round_once(tmp_path):
 
 ENDED = """
 import os, signal, sys
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.experiments.loggers import WandB
-from fsl_sage.experiments.train import Callback, train_state
+from fsl_sage.experiments.callbacks import Callback
+from fsl_sage.experiments.train import train_state
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background work ignores it
 changes, folder, how = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -936,7 +941,7 @@ class Killed(Callback):
 @pytest.mark.filterwarnings("ignore:a process was ended from outside")
 def test_one_worker_killed_costs_only_its_run(tmp_path):
     sweep = [preset("smoke", "fed_avg", **TINY, seed=seed) for seed in range(4)]
-    with pytest.raises(runs.WorkerError, match=rf"run {sweep[1].hash}: its process was ended .*SIGKILL"):
+    with pytest.raises(WorkerError, match=rf"run {sweep[1].hash}: its process was ended .*SIGKILL"):
         RunStore(tmp_path).get(sweep, "cpu", progress=False, jobs=2, callbacks=[Killed()])
     assert [RunStore(tmp_path).find(run) is not None for run in sweep] == [True, False, True, True]
 

@@ -6,11 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.core import arithmetic
 from fsl_sage.costs import table
-from fsl_sage.experiments import train as training
-from fsl_sage.experiments.train import Callback, set_up, train, train_state
+from fsl_sage.experiments import history
+from fsl_sage.experiments.callbacks import Callback
+from fsl_sage.experiments.setup import set_up
+from fsl_sage.experiments.train import train, train_state
 from fsl_sage.papers import leakage, watch
 from fsl_sage.papers.oracle import replay
 from tests.support.traces import read_trace
@@ -106,7 +108,7 @@ def plain():
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_evaluation_and_callbacks_are_float32(precision, monkeypatch):
-    seen, normalise = [], training.eval_batches
+    seen, normalise = [], history.eval_batches
 
     def batches(*args):
         seen.append(("evaluation", plain() or settings()))
@@ -116,7 +118,7 @@ def test_evaluation_and_callbacks_are_float32(precision, monkeypatch):
         def round(self, row, models):
             seen.append(("callback", plain() or settings()))
 
-    monkeypatch.setattr(training, "eval_batches", batches)
+    monkeypatch.setattr(history, "eval_batches", batches)
     with SESSIONS["all in TF32"]():
         train(preset("smoke", "fed_avg", **TINY, precision=precision), "cpu", progress=False, callbacks=[Looks()])
     assert dict(seen) == {"evaluation": True, "callback": True}

@@ -18,20 +18,25 @@ import torch
 from torch import nn
 
 import fsl_sage
-from fsl_sage.config import MissingPluginError, from_dict, preset
+from fsl_sage.config.experiment import MissingPluginError, from_dict
+from fsl_sage.config.presets import preset
 from fsl_sage.core import choose_device, one_of, user_path
 from fsl_sage.data.sources import load
 from fsl_sage.experiments import plugins
+from fsl_sage.experiments.callbacks import Callback
+from fsl_sage.experiments.history import DivergedError
 from fsl_sage.experiments.models import KeepModel, load_model
-from fsl_sage.experiments.plugins import PluginError, load_plugins
+from fsl_sage.experiments.plugin_files import PluginError, load_plugins
 from fsl_sage.experiments.provenance import about_here
 from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.setup import set_up
 from fsl_sage.experiments.store import StoreError, read_whole
-from fsl_sage.experiments.train import Callback, DivergedError, set_up
 from fsl_sage.networks.cut import SplitModel, cut_layers, keep_modes
 from fsl_sage.networks.trial import try_parts
-from fsl_sage.papers.claims import parse_setting, read_versus
-from fsl_sage.papers.plots import new_figure, save_figure
+from fsl_sage.papers.claims import parse_setting
+from fsl_sage.papers.plots import new_figure
+from fsl_sage.papers.saving import save_figure
+from fsl_sage.papers.standing import read_versus
 from tests.support import ROOT
 from tests.support.refused import refused
 
@@ -110,7 +115,7 @@ def the_closest_name(tmp_path):
 
 
 def the_closest_key(tmp_path):
-    from fsl_sage.commands.train import jobs_of
+    from fsl_sage.commands.words import jobs_of
 
     text = refused("did you mean", jobs_of, ["preset=smoke", "algorithm.align_intervall=5"])
     meant = re.search(r"did you mean ([\w.]+)", text)[1]
@@ -119,7 +124,7 @@ def the_closest_key(tmp_path):
 
 
 def several_values(tmp_path):
-    from fsl_sage.commands.train import jobs_of
+    from fsl_sage.commands.words import jobs_of
 
     refused("one value, or use -m", jobs_of, ["preset=smoke", "seed=1,2"])
     assert len(jobs_of(["preset=smoke", "seed=1,2"], multirun=True)) == 2

@@ -99,7 +99,9 @@ def test_what_a_module_exports_is_in_the_api(site, pages, module):
 
 
 def test_comments_of_parameters_and_fields_are_tables(site):
-    text = "".join((site / f"api/{module}.html").read_text("utf-8") for module in ("config", "algorithms.sage"))
+    text = "".join(
+        (site / f"api/{module}.html").read_text("utf-8") for module in ("config.experiment", "algorithms.sage")
+    )
     rows = [re.sub(r"<.*?>|\s+", " ", row) for row in re.findall(r"<tr.*?</tr>", text, re.S)]
     assert any(re.search("align_interval .*int.* rounds between alignments", row) for row in rows)
     assert any(re.search("str .* 16 hexadecimal digits", row) for row in rows), "of what a function returns"
@@ -171,7 +173,7 @@ def test_an_api_page_has_signature_table_and_source(site, window):
     assert "def estimate_cut_grad" in source.locator("pre").last.inner_text()
 
 
-PAGES = ["index", "nbs/24_algorithms.sglr", "gallery", "claims", "api/config", "figures/sage_alpha"]
+PAGES = ["index", "nbs/33_algorithms.sglr", "gallery", "claims", "api/config.experiment", "figures/sage_alpha"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -183,7 +185,7 @@ def test_nothing_sticks_out_on_a_phone(site, window, page):
 
 def test_dark_where_the_system_is(site, window):
     shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0) / 3"
-    page = (site / "nbs/22_algorithms.sage.html").as_uri()
+    page = (site / "nbs/31_algorithms.sage.html").as_uri()
     window.goto(page)
     assert window.evaluate(shade) > 200
     window.emulate_media(color_scheme="dark")

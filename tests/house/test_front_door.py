@@ -9,7 +9,8 @@ import pytest
 
 import fsl_sage
 from fsl_sage.core import refusal
-from fsl_sage.experiments.plugins import FILES, forget
+from fsl_sage.experiments.origins import FILES
+from fsl_sage.experiments.plugins import forget
 
 NAMES = fsl_sage.__all__
 

@@ -14,10 +14,12 @@ import pandas as pd
 import psutil
 import pytest
 
+from fsl_sage.experiments.callbacks import Callback
 from fsl_sage.experiments.provenance import provenance
-from fsl_sage.experiments.runs import RunStore, read_all
+from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import checkpoint_of
-from fsl_sage.experiments.train import Callback, train, train_state
+from fsl_sage.experiments.stored import read_all
+from fsl_sage.experiments.train import train, train_state
 from fsl_sage.papers.comparison import headline_run
 from tests.support import ROOT
 

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from fsl_sage.commands.reproduce import this_python_as_kernel
+from fsl_sage.commands.figures import this_python_as_kernel
 from tests.support import ROOT
 
 START_SECONDS, RUN_SECONDS, REDRAW_SECONDS = 180, 900, 120  # on two slow cores, and they are shared

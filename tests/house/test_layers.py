@@ -35,7 +35,7 @@ def copy(tmp_path):
     [
         ("core", "ledger"),
         ("data/images", "networks.cut"),
-        ("config", "algorithms.sage"),
+        ("config/experiment", "algorithms.sage"),
         ("costs/table", "papers.plots"),
     ],
 )

@@ -3,7 +3,7 @@
 import ast
 
 from fsl_sage.algorithms.all import ALGORITHMS
-from fsl_sage.config import DEFAULT
+from fsl_sage.config.settings import DEFAULT
 from tests.support import ROOT
 
 PACKAGE = ROOT / "fsl_sage"

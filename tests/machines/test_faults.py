@@ -21,11 +21,14 @@ import pytest
 import torch
 
 from fsl_sage.algorithms.participation import asked_clients
+from fsl_sage.experiments.history import DivergedError
 from fsl_sage.experiments.runs import RunStore
-from fsl_sage.experiments.train import DivergedError, train
+from fsl_sage.experiments.train import train
 from fsl_sage.machines import flower
-from fsl_sage.machines.flower import GridExchange, Question, ask_clients
+from fsl_sage.machines.flower import GridExchange
+from fsl_sage.machines.mail import Question
 from fsl_sage.machines.messages import MessageError, decode, encode
+from fsl_sage.machines.parties import ask_clients
 from tests.support import ROOT
 from tests.support.asking import ASKED_ONCE, THREE, Clients, assert_simulated, simulated, small
 from tests.support.double import double_precision

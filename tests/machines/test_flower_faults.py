@@ -12,7 +12,7 @@ from tests.support.asking import assert_simulated, small
 from tests.support.proxy import Proxy
 
 pytest.importorskip("flwr", reason="no flwr (the extra `distributed`): faults are tested without its processes")
-federate = pytest.importorskip("fsl_sage.commands.federate", reason="no module that starts Flower's processes")
+federation = pytest.importorskip("fsl_sage.commands.federation", reason="no module that starts Flower's processes")
 
 SECONDS = 150  # that the server waits for an answer: each one starts a process, which takes a busy machine long
 NODE = {"device": "cpu"}
@@ -23,7 +23,7 @@ class Run:
 
     def __init__(self, here, experiment):
         self.lines, self.experiment = [], experiment
-        self.process = here.submit(federate.run_config(experiment, "cpu", SECONDS))
+        self.process = here.submit(federation.run_config(experiment, "cpu", SECONDS))
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
@@ -72,8 +72,8 @@ def test_nodes_killed_and_stopped_and_a_bad_network(tmp_path, monkeypatch):
     """SIGKILL in round 1, SIGSTOP past the deadline in round 2, stalls and resets in round 3, delays all the time."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
     experiment = small("cse_fsl", rounds=4)
-    with federate.Processes(tmp_path) as processes, Proxy(0) as proxy:
-        here = federate.Federation(processes, anyone=True, environment={"OMP_NUM_THREADS": "1"})
+    with federation.Processes(tmp_path) as processes, Proxy(0) as proxy:
+        here = federation.Federation(processes, anyone=True, environment={"OMP_NUM_THREADS": "1"})
         here.link()  # without keys, as with --insecure: the proxy's connections are a stranger's
         proxy.target, proxy.mode = here.port, "delay"
         for i in range(2):
@@ -107,7 +107,7 @@ def test_a_server_that_is_killed_goes_on(tmp_path, monkeypatch):
     predecessor's nodes, they end and are started again, as `fsl-sage-federate client` does."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "store"))
     experiment = small("fed_avg", rounds=4)
-    with federate.federation(tmp_path, [NODE] * 2) as here:
+    with federation.federation(tmp_path, [NODE] * 2) as here:
         run = Run(here, experiment)
         run.wait_for("round 1:")
         for process in here.processes.alive("server"):

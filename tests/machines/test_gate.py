@@ -23,6 +23,7 @@ from fsl_sage.machines.processes import Processes, listening
 
 pytest.importorskip("cryptography", reason="cryptography is missing: it comes with Flower")
 federate = pytest.importorskip("fsl_sage.commands.federate")
+federation = pytest.importorskip("fsl_sage.commands.federation")
 from tests.support.strangers import STRANGE, ask, flwr  # noqa: E402
 
 needs_flower = pytest.mark.skipif(
@@ -45,7 +46,7 @@ def keys(tmp_path_factory):
 def link(keys, tmp_path_factory):
     """A SuperLink with keys, behind the gate. This process is a stranger to it: it has no mark."""
     with Processes(tmp_path_factory.mktemp("link")) as processes:
-        here = federate.Federation(processes, certificates=keys[0])
+        here = federation.Federation(processes, certificates=keys[0])
         here.process = here.link(MOST)
         yield here
 
@@ -54,7 +55,7 @@ def link(keys, tmp_path_factory):
 def unlocked(tmp_path_factory):
     """A SuperLink as `fsl-sage-federate local` starts it: without keys, for its own processes."""
     with Processes(tmp_path_factory.mktemp("unlocked")) as processes:
-        here = federate.Federation(processes)
+        here = federation.Federation(processes)
         here.process = here.link()
         yield here
 
@@ -187,7 +188,7 @@ def grows_by(here, headers, mebibytes):
 @network
 @pytest.mark.slow
 def test_a_stranger_hands_in_no_run(link, tmp_path):
-    federate.write_app(tmp_path / "app", {})
+    federation.write_app(tmp_path / "app", {})
     (tmp_path / "app" / "fsl_sage_app" / "app.py").write_text(STRANGE.format(str(tmp_path / "pwned")))
     assert flwr(link, tmp_path / "home", "run", tmp_path / "app", "here", "--stream").returncode != 0
     assert not (tmp_path / "pwned").exists()

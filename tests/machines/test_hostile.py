@@ -11,20 +11,17 @@ import pytest
 import torch
 
 from fsl_sage.experiments.checkpoint import CheckpointError, Progress, save_checkpoint
-from fsl_sage.experiments.runs import RunStore, read_all
-from fsl_sage.experiments.train import DivergedError, set_up, train
+from fsl_sage.experiments.history import DivergedError
+from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.setup import set_up
+from fsl_sage.experiments.stored import read_all
+from fsl_sage.experiments.train import train
 from fsl_sage.ledger import Ledger
-from fsl_sage.machines import flower, remote
-from fsl_sage.machines.flower import (
-    GridExchange,
-    Question,
-    account,
-    answer,
-    ask_clients,
-    registered,
-    within,
-)
+from fsl_sage.machines import mail, remote, wire
+from fsl_sage.machines.flower import GridExchange, registered
+from fsl_sage.machines.mail import Question, within
 from fsl_sage.machines.messages import MessageError, decode, encode
+from fsl_sage.machines.parties import account, answer_question, ask_clients
 from fsl_sage.machines.placed import Outline
 from fsl_sage.machines.remote import due_bytes
 from fsl_sage.machines.shares import write_shares
@@ -189,7 +186,7 @@ def test_of_two_clients_the_hostile_one_is_left_out_and_not_the_honest_one(chang
 
 @pytest.mark.attack("numbers")
 def test_a_run_that_diverges_names_the_largest_update(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "LARGEST", math.inf)  # as if the bound were too generous
+    monkeypatch.setattr(wire, "LARGEST", math.inf)  # as if the bound were too generous
     experiment = small("fed_avg", **SHORT)
     clients = Lying(experiment, tmp_path, of("client_model", floats(lambda t: t * 1e30)), rnd=1)
     with pytest.raises(DivergedError, match=r"diverged; .*largest update is that of client 1, .* times the"):
@@ -215,8 +212,8 @@ SPOILED = {
     "of round 0": ("fed_avg", lambda self, ups: self.sent[0, 1], r"'round': 0.*'round': 1.* was due"),
     "of client 0": ("fed_avg", lambda self, ups: self.sent[1, 0], r"'client': 0.*'client': 1.* was due"),
     "without a stamp": ("fed_avg", lambda self, ups: [encode(decode(up)[0]) for up in ups], "None.* was due"),
-    "too large": ("fed_avg", lambda self, ups: [*ups, bytes(flower.MARGIN + 9999)], r"bytes, where \d+ are the most"),
-    "many": ("fsl_sage", lambda self, ups: ups + [b"x"] * (flower.MARGIN + 9999), "are the most"),
+    "too large": ("fed_avg", lambda self, ups: [*ups, bytes(mail.MARGIN + 9999)], r"bytes, where \d+ are the most"),
+    "many": ("fsl_sage", lambda self, ups: ups + [b"x"] * (mail.MARGIN + 9999), "are the most"),
     "a number": ("fed_avg", lambda self, ups: 5, "not a list of messages"),
     "text": ("fed_avg", lambda self, ups: ["x"], "not a list of messages"),
     "nothing in a list": ("fed_avg", lambda self, ups: [None], "not a list of messages"),
@@ -340,7 +337,7 @@ def test_odd_numbers_seat_nobody(said):
 def test_a_question_that_cannot_be_is_refused(question, tmp_path):
     experiment = small("fsl_sage")
     with pytest.raises(ValueError, match=r"^question\."):
-        answer(experiment, 0, Clients(experiment, tmp_path).data[0], tmp_path / "in", question)
+        answer_question(experiment, 0, Clients(experiment, tmp_path).data[0], tmp_path / "in", question)
     assert not (tmp_path / "in").exists()
 
 
@@ -356,7 +353,9 @@ def test_a_client_believes_no_server_about_its_own_images(change, tmp_path):
     for k, value in change.items():
         row[k] = value
     with pytest.raises(MessageError, match="for one with other images"):
-        answer(experiment, 0, data, tmp_path / "in", Question(0, -1, 0, encode({"all.": torch.stack([row] * 2)})))
+        answer_question(
+            experiment, 0, data, tmp_path / "in", Question(0, -1, 0, encode({"all.": torch.stack([row] * 2)}))
+        )
 
 
 @pytest.mark.attack("server")

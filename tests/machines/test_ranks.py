@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from fsl_sage.algorithms.all import ALGORITHMS
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.train import train
 from fsl_sage.machines.remote import check_remote

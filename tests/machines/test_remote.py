@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fsl_sage.experiments.plugins import forget, load_plugins
+from fsl_sage.experiments.plugin_files import load_plugins
+from fsl_sage.experiments.plugins import forget
 from fsl_sage.experiments.train import train
-from fsl_sage.machines.flower import GridExchange, Question, ask_clients, opened
+from fsl_sage.machines.flower import GridExchange, opened
+from fsl_sage.machines.mail import Question
 from fsl_sage.machines.messages import MessageError, check, check_numbers, decode, encode
+from fsl_sage.machines.parties import ask_clients
 from tests.support.asking import ASKED_ONCE, Clients, small
 from tests.support.runs import assert_same
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision.models as zoo
 from torch import nn
 
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.core import tensor_bytes
 from fsl_sage.experiments.train import train
 from fsl_sage.networks.auxiliary import AlignmentBuffer, _plain_copy, align, auxiliary_for, true_cut_grad

@@ -9,9 +9,11 @@ from torch import nn
 
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.state import FixedData, init_parts
-from fsl_sage.config import PLUGGED, preset
+from fsl_sage.config.experiment import PLUGGED
+from fsl_sage.config.presets import preset
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.train import set_up, train, train_state
+from fsl_sage.experiments.setup import set_up
+from fsl_sage.experiments.train import train, train_state
 from fsl_sage.networks.auxiliary import AUXILIARIES, auxiliary_model, estimate_cut_grad, true_cut_grad
 from fsl_sage.networks.part import Part
 from fsl_sage.networks.zoo import MODELS, BasicBlock, Padding, resnet, split_model
@@ -144,7 +146,7 @@ def network():
         return names[-1]
 
     yield add
-    for home in {plugins._home(tag) for tag in PLUGGED.values()}:
+    for home in {plugins.home_of(tag) for tag in PLUGGED.values()}:
         plugins.forget(home)
 
 

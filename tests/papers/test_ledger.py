@@ -5,7 +5,8 @@ import re
 import pandas as pd
 import pytest
 
-from fsl_sage.papers.claims import COUNTED, KEY, OWNERS, VERSUS, compare, gather, published, settings_tested, values_of
+from fsl_sage.papers.claims import published
+from fsl_sage.papers.standing import COUNTED, KEY, OWNERS, VERSUS, compare, gather, settings_tested, values_of
 from tests.support import ROOT
 
 GALLERY = ROOT / "figures" / "gallery"

@@ -16,7 +16,6 @@ from fsl_sage.data.partition import plot_labels_per_client
 from fsl_sage.papers.explore import plot_cuts
 from fsl_sage.papers.plots import (
     COLUMN,
-    DPI,
     FAMILY_MARKERS,
     OTHERS,
     STACK,
@@ -30,11 +29,9 @@ from fsl_sage.papers.plots import (
     plot_curves,
     plot_family,
     points,
-    save_figure,
     spread_words,
-    stamp,
-    sticks_out,
 )
+from fsl_sage.papers.saving import DPI, save_figure, stamp, sticks_out
 from tests.support import ROOT
 
 GALLERY = sorted((ROOT / "figures" / "gallery").glob("*.png"))

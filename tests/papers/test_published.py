@@ -5,26 +5,19 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from fsl_sage.commands.reproduce import (
-    check_preset,
-    claim_seeds,
-    claimed,
-    figure_notebooks,
-    main,
-    plan,
-    planned,
-    train_planned,
-)
+from fsl_sage.commands.figures import figure_notebooks, plan, planned, train_planned
+from fsl_sage.commands.reproduce import check_preset, claim_seeds, claimed, main
 from fsl_sage.costs.estimate import BUNDLES
-from fsl_sage.experiments import runs
+from fsl_sage.experiments import pool
 from fsl_sage.experiments.runs import RunStore
+from fsl_sage.experiments.store import model_of
 from tests.support import ROOT
 
 FIGURES = ROOT / "figures"
 SOURCES = {
     "parameters": 'preset: str = "smoke"\ndevice: str = "cpu"\ngallery: str = ""\n',
     "plan": (
-        "from fsl_sage.config import preset as of\n"
+        "from fsl_sage.config.presets import preset as of\n"
         'tiny = {"rounds": 1, "dataset.max_train": 60, "dataset.max_test": 20, "num_clients": 2}\n'
         'experiments = [of(preset, name, **tiny) for name in ("fed_avg", "cse_fsl")]'
     ),
@@ -84,15 +77,15 @@ def test_the_batch_keeps_the_models_that_a_figure_reads_and_no_others(tmp_path):
     store = RunStore(tmp_path / "runs")
     assert not train_planned(figures, store, parameters, 1, force=False)
     assert store.stored([wanted, other]) == [wanted, other]
-    assert [runs.model_of(store.root, run.hash).exists() for run in (wanted, other)] == [True, False]
+    assert [model_of(store.root, run.hash).exists() for run in (wanted, other)] == [True, False]
 
 
 @pytest.mark.parametrize(("cores", "jobs"), [(1, 1), (4, 2), (16, 6)])
 def test_runs_go_side_by_side_on_a_gpu(cores, jobs, monkeypatch):
     """One run leaves a GPU idle while the processor prepares its kernels."""
-    monkeypatch.setattr(runs, "choose_device", torch.device)
-    monkeypatch.setattr(runs, "_cores", lambda: cores)
-    assert runs.default_jobs("cuda:0") == jobs and runs.default_jobs("cpu") == cores
+    monkeypatch.setattr(pool, "choose_device", torch.device)
+    monkeypatch.setattr(pool, "_cores", lambda: cores)
+    assert pool.default_jobs("cuda:0") == jobs and pool.default_jobs("cpu") == cores
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fsl_sage.experiments.provenance import about_here
-from fsl_sage.papers.claims import VERDICTS, VERSUS, compare, published
-from fsl_sage.papers.plots import save_figure
+from fsl_sage.papers.claims import published
 from fsl_sage.papers.report import build_report, mathml, render
+from fsl_sage.papers.saving import save_figure
+from fsl_sage.papers.standing import VERSUS, compare
+from fsl_sage.papers.verdicts import VERDICTS
 from tests.support import ROOT
 
 NOTEBOOKS = ROOT / "figures"

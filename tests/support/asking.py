@@ -9,11 +9,12 @@ import torch
 
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.participation import asked_clients
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.costs.clock import Attendance
 from fsl_sage.experiments import train as training
-from fsl_sage.experiments.train import client_data, prepare, train
-from fsl_sage.machines.flower import answer
+from fsl_sage.experiments.setup import client_data, prepare
+from fsl_sage.experiments.train import train
+from fsl_sage.machines.parties import answer_question
 
 SMALL = {"num_clients": 2, "rounds": 3, "dataset.max_train": 60, "dataset.max_test": 20, "model.width": 8}
 SMALL |= {"model.client.batch_size": 16, "dataset.distribution": "noniid_dirichlet"}
@@ -33,7 +34,7 @@ class Clients:
         self.data = client_data(experiment, prepare(experiment, torch.device("cpu"))[0])
 
     def answer(self, i, question):
-        return answer(self.experiment, i, self.data[i], self.folder, question)
+        return answer_question(self.experiment, i, self.data[i], self.folder, question)
 
     def __call__(self, questions):
         self.asked.update((question.round, i) for i, question in questions.items())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from fsl_sage.config import from_dict
+from fsl_sage.config.experiment import from_dict
 from fsl_sage.experiments.runs import RunStore
-from fsl_sage.machines.flower import ask_clients
+from fsl_sage.machines.parties import ask_clients
 from fsl_sage.machines.remote import line
 from tests.support.asking import Clients
 

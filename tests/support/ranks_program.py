@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fsl_sage.config import from_dict
+from fsl_sage.config.experiment import from_dict
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.ledger import KINDS
 from fsl_sage.machines.ranks import RankMail, train_on_ranks

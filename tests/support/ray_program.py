@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
-from fsl_sage.commands.reproduce import machines
-from fsl_sage.config import preset
-from fsl_sage.experiments.runs import RunStore, train_missing
+from fsl_sage.commands.figures import machines
+from fsl_sage.config.presets import preset
+from fsl_sage.experiments.pool import train_missing
+from fsl_sage.experiments.runs import RunStore
 
 
 def children(node):

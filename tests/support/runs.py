@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fsl_sage.config import preset
+from fsl_sage.config.presets import preset
 from fsl_sage.experiments import train as training
 
 

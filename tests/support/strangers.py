@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fsl_sage.commands import federate
+from fsl_sage.commands import federation
 
 STRANGE = """\
 from pathlib import Path
@@ -39,6 +39,6 @@ def ask(here, path, headers=None, body=b"", method="POST"):
 def flwr(here, folder, *words):
     """Flower's command line, as a stranger has it: with the authority's certificate, if there is one."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.toml").write_text(federate.known_server(here.address, here.certificates), "utf-8")
-    program, own = Path(sys.executable).parent / "flwr", federate.QUIET | {"FLWR_HOME": str(folder)}
+    (folder / "config.toml").write_text(federation.known_server(here.address, here.certificates), "utf-8")
+    program, own = Path(sys.executable).parent / "flwr", federation.QUIET | {"FLWR_HOME": str(folder)}
     return subprocess.run([program, *words], env=os.environ | own, capture_output=True, timeout=300)
