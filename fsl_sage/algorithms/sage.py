@@ -92,7 +92,7 @@ def alignment_memory(
     models = state.clients[0].model, state.servers[0].model, state.auxes[0].model
     try:
         client, server, aux = (deepcopy(model).to("meta").train() for model in models)
-        x, y = example_batch(state.data[0].image_shape, device="meta")
+        x, y = example_batch(state.data[0].image_shape, reads_text(state.experiment), device="meta")
         smashed = client(x).detach()
         batch = min(size, state.experiment.algorithm.align_batch_size)
         whole, own = batch if reads_text(state.experiment) else size, (smashed, y, align_criterion(state))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'schedule_factor', 'ReleasedAdamW', 'make_part', 'LocalData', 'FixedData', 'reads_text', 'criterion_of',
-           'example_batch', 'State', 'require_all_in_flight', 'trains_on_one', 'own_steps', 'part_options',
-           'each_its_own', 'init_parts', 'uncounted']
+           'evaluation_loss', 'example_batch', 'State', 'require_all_in_flight', 'trains_on_one', 'own_steps',
+           'part_options', 'each_its_own', 'init_parts', 'uncounted']
 
 # %% ../../nbs/26_algorithms.state.ipynb #a34aeff2
 import math
@@ -176,13 +176,21 @@ def criterion_of(
     return NextToken(settings.label_smooth) if reads_text(experiment) else LOSSES[settings.loss]
 
 
+def evaluation_loss(
+    experiment: Experiment,
+) -> Callable[..., Tensor]:  # (logits, labels, reduction) → loss
+    "The loss of evaluation: that of training, without label smoothing."
+    return NextToken() if reads_text(experiment) else criterion_of(experiment)
+
+
 def example_batch(
     shape: tuple[int, ...],  # of one sample: (channel, height, width), or (L,)
+    text: bool,  # whether it is one
     n: int = 2,  # samples; BatchNorm needs two
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:  # x, y
     "A batch without content: images of one class, or texts of one token, all of which count."
-    if len(shape) == 1:
+    if text:
         x = torch.zeros(n, *shape, dtype=torch.long, device=device)
         return x, torch.ones(n, 2, *shape, dtype=torch.long, device=device)
     return torch.zeros(n, *shape, device=device), torch.zeros(n, dtype=torch.long, device=device)
@@ -297,7 +305,11 @@ def _fresh_models(
     device: torch.device,
 ) -> tuple[SplitModel, nn.Module | None, Trial]:
     "The network and, if wanted, its auxiliary model; PyTorch's own stream stays where it is."
-    if reads_text(experiment):
+    kind = "text" if len(data[0].image_shape) == 1 else "images"
+    first = next(name for name, network in MODELS.items() if network.reads == kind)
+    fine = f"a network that reads {kind}, such as {first}, for dataset.name={experiment.dataset.name!r}"
+    require(MODELS[experiment.model.name].reads == kind, "model.name", experiment.model.name, fine)
+    if kind == "text":
         return _fresh_decoder(experiment, data, auxiliary, device)
     model, shape, classes = experiment.model, data[0].image_shape, data[0].num_classes
     size, aux = model.auxiliary.size, None

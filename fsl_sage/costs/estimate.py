@@ -73,8 +73,9 @@ class Counted(NamedTuple):
 def _counted(model: ModelConfig, dataset: DatasetConfig, algorithm: str) -> Counted:
     split, aux, shape = networks(model, dataset, algorithm)
     parts = {"clients": split.client, "servers": split.server, "auxes": aux}
-    state = {name: [SimpleNamespace(model=part)] if part else [] for name, part in parts.items()}
-    stand_in: Any = SimpleNamespace(**state, data=[SimpleNamespace(image_shape=shape)])
+    own = {name: SimpleNamespace(model=part, exchanged=part and part.state_dict) for name, part in parts.items()}
+    state = {name: [part] if part.model else [] for name, part in own.items()}
+    stand_in: Any = SimpleNamespace(**state, data=[SimpleNamespace(image_shape=shape)], criterion=F.cross_entropy)
     costs = costs_of(stand_in)
     whole, x = split.to("meta"), torch.zeros(2, *shape, device="meta")  # BatchNorm needs two
     with CountFlops() as counter, held_memory(whole) as held:

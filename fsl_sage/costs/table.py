@@ -11,18 +11,18 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..algorithms.record import Amount
-from ..algorithms.state import State
+from ..algorithms.state import State, example_batch
 from ..config.experiment import Experiment
 from ..config.settings import record_of
 from ..core import arithmetic, generator, random_stream, tensor_bytes
 from ..networks.auxiliary import estimate_cut_grad
 from ..networks.layout import SmallMapConv2d
+from ..networks.part import NextToken
 
 # %% ../../nbs/35_costs.table.ipynb #ea54503f
 class CountFlops(TorchDispatchMode):
@@ -63,16 +63,18 @@ class Costs(NamedTuple):
     aux_bytes: int = 0  # of the auxiliary model; 0: there is none
 
 # %% ../../nbs/35_costs.table.ipynb #47261ed7
-def _auxiliary_costs(client: nn.Module, aux: nn.Module, x: Tensor, smashed: Tensor, y: Tensor) -> dict[str, float]:
+def _auxiliary_costs(
+    client: nn.Module, aux: nn.Module, x: Tensor, smashed: Tensor, y: Tensor, criterion: Callable[..., Tensor]
+) -> dict[str, float]:
     "The fields of `Costs` that an auxiliary model has a part in."
 
     def align() -> None:
-        estimate_cut_grad(aux, smashed, y, create_graph=True)[0].square().sum().backward()
+        estimate_cut_grad(aux, smashed, y, True, criterion)[0].square().sum().backward()
 
     return {
-        "with_aux": _flops(lambda: F.cross_entropy(aux(client(x)), y).backward(), len(x)),
-        "estimate": _flops(lambda: estimate_cut_grad(aux, smashed, y), len(x)),
-        "alignment": _flops(align, len(x)), "aux_bytes": tensor_bytes(aux),
+        "with_aux": _flops(lambda: criterion(aux(client(x)), y).backward(), len(x)),
+        "estimate": _flops(lambda: estimate_cut_grad(aux, smashed, y, criterion=criterion), len(x)),
+        "alignment": _flops(align, len(x)),
     }  # fmt: skip
 
 # %% ../../nbs/35_costs.table.ipynb #73955e99
@@ -83,31 +85,30 @@ def _plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _counted(models: Sequence[nn.Module | None], image_shape: tuple[int, ...], device: str) -> Costs:
-    "The costs of a client, a server and an auxiliary model or None, of which copies run on `device`."
+def _counted(
+    models: Sequence[nn.Module | None], image_shape: tuple[int, ...], criterion: Callable[..., Tensor], device: str
+) -> Costs:
+    "The costs of a client, a server and an auxiliary model or None, of which copies run on `device`; no models' bytes."
     client, server, aux = (model and _plain(deepcopy(model)).to(device).train() for model in models)
-    n = 2  # BatchNorm needs two
-    x = torch.zeros(n, *image_shape, device=device)
-    y = torch.zeros(n, dtype=torch.long, device=device)
-    smashed = client(x).detach()
+    x, y = example_batch(image_shape, isinstance(criterion, NextToken), device=device)
+    n, smashed = len(x), client(x).detach()
 
     def backward(loss: Tensor) -> None:
         if loss.requires_grad:  # not where all below it is frozen
             loss.backward()
 
     def step(network: Callable, x: Tensor) -> float:
-        return _flops(lambda: backward(F.cross_entropy(network(x), y)), n)
+        return _flops(lambda: backward(criterion(network(x), y)), n)
 
     counted: dict[str, Any] = {
         "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: backward(client(x).sum()), n),
         "forward": _flops(lambda: client(x), n),
         "server": step(server, smashed), "exact": step(server, smashed.clone().requires_grad_()),
-        "target": _flops(lambda: estimate_cut_grad(server, smashed, y), n), "smashed": tensor_bytes(smashed) // n,
-        "client_bytes": tensor_bytes(client), "server_bytes": tensor_bytes(server),
-        "statistics": tensor_bytes(dict(client.named_buffers())),
+        "target": _flops(lambda: estimate_cut_grad(server, smashed, y, criterion=criterion), n),
+        "smashed": tensor_bytes(smashed) // n, "statistics": tensor_bytes(dict(client.named_buffers())),
     }  # fmt: skip
     if aux is not None:
-        counted |= _auxiliary_costs(client, aux, x, smashed, y)
+        counted |= _auxiliary_costs(client, aux, x, smashed, y, criterion)
     return Costs(**counted)
 
 
@@ -116,12 +117,16 @@ def costs_of(
     state: State,  # freshly set up; stays as it is
 ) -> Costs:
     "Count what a sample costs the parts of `state`."
-    models = [parts[0].model if len(parts) else None for parts in (state.clients, state.servers, state.auxes)]
+    parts = [parts[0] if len(parts) else None for parts in (state.clients, state.servers, state.auxes)]
+    models, names = [part and part.model for part in parts], ("client_bytes", "server_bytes", "aux_bytes")
+    own = {name: tensor_bytes(part.exchanged()) for name, part in zip(names, parts, strict=True) if part}
+    how = models, state.data[0].image_shape, state.criterion
     try:
-        return _counted(models, state.data[0].image_shape, "meta")
+        counted = _counted(*how, "meta")
     except (RuntimeError, NotImplementedError):  # a layer that looks at its numbers
         with random_stream(generator(0, "costs")):
-            return _counted(models, state.data[0].image_shape, "cpu")
+            counted = _counted(*how, "cpu")
+    return counted._replace(**own)
 
 # %% ../../nbs/35_costs.table.ipynb #67aae7f6
 class Work(NamedTuple):

@@ -74,7 +74,7 @@ class Callback:
 # %% ../../nbs/42_experiments.callbacks.ipynb #ce86a6ea
 COLUMNS = (
     "round", "test_accuracy", "test_loss", "val_accuracy", "train_loss", "aux_loss", "paper_bytes", "wire_bytes",
-    "client_lr", "server_lr", "participants", "clock_seconds",
+    "client_lr", "server_lr", "participants", "clock_seconds", "test_perplexity", "released_bytes",
 )  # of `History.rounds`  # fmt: skip
 TAKEN = {*COLUMNS, "label", "hash", *(spec.name for spec in fields(Experiment))}
 

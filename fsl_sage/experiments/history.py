@@ -28,27 +28,31 @@ from ..data.images import Dataset, Images
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],  # x (batch, …), y (batch,), on the model's device
-    criterion: Callable[..., Tensor] = F.cross_entropy,  # one of LOSSES
-) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss per sample
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels, reduction) → loss
+) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss: both per sample, of texts per token that counts
     "Accuracy and loss of `model` in eval mode; leaves it in train mode."
     model.eval()
     correct, loss, n = 0, 0, 0
     for x, y in batches:
         logits = model(x)
-        correct = correct + (logits.argmax(1) == y).sum()
+        if y.ndim == 3:  # texts: targets, mask
+            correct = correct + ((logits.argmax(-1) == y[:, 0]) * y[:, 1]).sum()
+            n = n + y[:, 1].sum()
+        else:
+            correct = correct + (logits.argmax(1) == y).sum()
+            n += len(y)
         loss = loss + criterion(logits, y, reduction="sum")
-        n += len(y)
     model.train()
-    return float(correct) / n, float(loss) / n
+    return float(correct) / int(n), float(loss) / int(n)
 
 
 def evaluate_mean(
     models: Sequence[nn.Module],  # one, or one a client
     images: Images,
     dataset: Dataset,  # whose mean and deviation normalise them
-    criterion: Callable[..., Tensor] = F.cross_entropy,  # one of LOSSES
-) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss per sample
-    "Mean accuracy and loss of several models on the same images."
+    criterion: Callable[..., Tensor] = F.cross_entropy,  # as for `evaluate`
+) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss
+    "Mean accuracy and loss of several models on the same images or texts."
     results = [evaluate(model, eval_batches(images, dataset.mean, dataset.std), criterion) for model in models]
     accuracy, loss = (sum(values) / len(models) for values in zip(*results, strict=True))
     return accuracy, loss

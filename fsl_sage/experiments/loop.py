@@ -110,7 +110,7 @@ class Bench:
     dataset: Dataset  # less its validation images
     validation: Images | None  # None: no validation
     algorithm: Algorithm
-    criterion: Callable[..., Tensor]  # one of LOSSES
+    criterion: Callable[..., Tensor]  # (logits, labels, reduction) → loss
 
     def accuracies(
         self,
@@ -120,13 +120,18 @@ class Bench:
         "Test and validation results after a round."
         names = ["test_accuracy", "test_loss", "val_accuracy"][: 2 if self.validation is None else 3]
         if not due:
-            return dict.fromkeys(names, math.nan)
+            return dict.fromkeys([*names, *self._perplexity(math.nan)], math.nan)
         models = self.algorithm.evaluation_models(state)
         with state.draws.stream("evaluation"):  # for layers that draw there, too
             results = list(evaluate_mean(models, self.dataset.test, self.dataset, self.criterion))
             if self.validation is not None:
-                results.append(evaluate_mean(models, self.validation, self.dataset)[0])
-        return dict(zip(names, results, strict=True))
+                results.append(evaluate_mean(models, self.validation, self.dataset, self.criterion)[0])
+        row = dict(zip(names, results, strict=True))
+        return row | self._perplexity(row["test_loss"])
+
+    def _perplexity(self, loss: float) -> dict[str, float]:
+        "Of texts: the number of tokens among which a model that is so uncertain chooses."
+        return {"test_perplexity": math.exp(min(loss, 700.0))} if self.dataset.train.is_text else {}
 
 # %% ../../nbs/41_experiments.loop.ipynb #8df7fde1
 def round_row(
@@ -140,7 +145,7 @@ def round_row(
         "train_loss": mean_loss(made.metrics, "server"), "aux_loss": mean_loss(made.metrics, "aux"),
         "paper_bytes": ledger.bytes("paper"), "wire_bytes": ledger.bytes("wire"),
         "client_lr": made.client_lr, "server_lr": made.server_lr,
-    }  # fmt: skip
+    } | ({"released_bytes": ledger.bytes("released")} if ledger.beside else {})  # fmt: skip
 
 
 def alignment_rows(

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..algorithms.fleet import clients_in_flight
-from ..algorithms.state import State
+from ..algorithms.state import State, uncounted
 from ..config.experiment import Experiment, from_dict
 from ..config.settings import record_of
 from ..core import arithmetic, choose_device, require
@@ -36,7 +36,7 @@ from .history import ALIGNMENT_COLUMNS, CallbackError, DivergedError, History, f
 from .loop import Bench, Round, Run, alignment_rows, is_due, is_last, is_spent, round_row, rounds
 from .setup import Register, client_data, prepare, register_of
 from ..ledger import Ledger
-from ..networks.part import LOSSES
+from ..algorithms.state import evaluation_loss
 from ..networks.recording import OnGpu, recording
 
 # %% ../../nbs/43_experiments.train.ipynb #00a1ef12
@@ -76,7 +76,7 @@ def begin(
     dataset, validation = prepare(experiment, device, root)
     fine = f"{(data or '')[:16]}, as when the run was asked for: a file was replaced, or a plug-in has other data"
     algorithm, ledger = record_of(experiment), Ledger(phase="start")
-    bench = Bench(dataset, validation, algorithm, LOSSES[experiment.algorithm.loss])
+    bench = Bench(dataset, validation, algorithm, evaluation_loss(experiment))
     with clients_in_flight(in_flight), building(experiment):
         state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
     digest = with_files(dataset.digest, experiment)
@@ -84,7 +84,7 @@ def begin(
     register = register_of(state, experiment.clock is not None)
     done = _continued(checkpoint, state, ledger, digest)
     done = done or Progress(experiment.algorithm.first_round, data=digest)
-    ledger.phase = "round"
+    ledger.phase, ledger.beside = "round", uncounted(state)
     if checkpoint is not None:
         require_kept(state)
     attending = islice(attendances(experiment, register.samples, register.costs), len(done.rounds), None)

@@ -42,7 +42,7 @@ from .wire import SERVER, Guard, WireLedger, check_stamp
 from .remote import outline_of, outlines, rounds_here, serve, take_places
 from .wire import place_name
 from .shares import private_folder
-from ..networks.part import LOSSES
+from ..algorithms.state import evaluation_loss
 
 log = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ def ask_clients(
     check_asked(experiment)
     device = choose_device(device)
     dataset, validation = prepare(experiment, device, root)
-    bench = Bench(dataset, validation, record_of(experiment), LOSSES[experiment.algorithm.loss])
+    bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment))
     mail = AskingMail(experiment.num_clients, exchange)
 
     def taking_part(experiment: Experiment, rnd: int) -> list[int]:

@@ -19,7 +19,7 @@ from ..experiments.history import History
 from ..experiments.setup import client_data, prepare
 from .wire import SERVER, WireLedger
 from .remote import attend, check_remote, join, line, serve
-from ..networks.part import LOSSES
+from ..algorithms.state import evaluation_loss
 
 # %% ../../nbs/75_machines.ranks.ipynb #36c3b2db
 class RankMail:
@@ -73,5 +73,5 @@ def train_on_ranks(
     if place != SERVER:
         del dataset, validation
         return attend(join(experiment, ledger, own), ledger)
-    bench = Bench(dataset, validation, record_of(experiment), LOSSES[experiment.algorithm.loss])
+    bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment))
     return serve(join(experiment, ledger), ledger, bench, line if progress else lambda row: None)
