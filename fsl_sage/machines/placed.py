@@ -75,7 +75,8 @@ class Placed(Part):
 # %% ../../nbs/71_machines.placed.ipynb #7feb5fc9
 def placed(part: Part) -> Placed:
     "The same part, placed."
-    return Placed(part.model, part.optimizer, part.scheduler, part.precision)
+    own = {"fixed": part.fixed, "schedule": part.schedule}
+    return Placed(part.model, part.optimizer, part.scheduler, part.precision, **own)
 
 
 def elsewhere(

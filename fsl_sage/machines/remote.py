@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..algorithms.base import Metrics, only_global
 from ..algorithms.participation import asked_clients
-from ..algorithms.state import LocalData, State
+from ..algorithms.state import LocalData, State, reads_text
 from ..config.experiment import Experiment
 from ..config.settings import record_of
 from ..core import require, tensor_bytes
@@ -102,6 +102,8 @@ def check_remote(experiment: Experiment) -> None:
     require(not alone, "algorithm.name", name, "one with clients, to run between machines")
     require(experiment.clock is None, "clock", experiment.clock, "left out between machines, where time is real")
     experiment.algorithm.between_machines()
+    fine = "a network that reads images between machines: how long a batch of texts is only its client knows"
+    require(not reads_text(experiment), "model.name", experiment.model.name, fine)
 
 # %% ../../nbs/74_machines.remote.ipynb #556123a2
 def join(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core import as_tensors, tensor_bytes
 from ..ledger import Ledger, Link, framing_bytes
 from .messages import MessageError, check, check_numbers, decode, encode
+from ..networks.part import Part
 
 # %% ../../nbs/73_machines.wire.ipynb #3b9eb8f4
 SERVER = -1  # the server's place; a client's is its number
@@ -223,7 +224,7 @@ class WireLink(Link):
 # %% ../../nbs/73_machines.wire.ipynb #7b1b6ba4
 def taken(
     kind: str,  # of the value
-    value: nn.Module | dict[str, Tensor] | Tensor,  # as it was sent; a model becomes what has arrived
+    value: Part | nn.Module | dict[str, Tensor] | Tensor,  # as it was sent; a model becomes what has arrived
     arrived: dict[str, Tensor] | None,  # the whole message by dotted names; None: not here
 ) -> dict[str, Tensor] | Tensor:
     "What is here of one value of a message."
@@ -232,7 +233,7 @@ def taken(
     if arrived is not None:
         prefix = f"{kind}."
         own = {name.removeprefix(prefix): t for name, t in arrived.items() if name.startswith(prefix)}
-        if not isinstance(value, nn.Module):
+        if not isinstance(value, Part | nn.Module):
             return own
-        value.load_state_dict(own)
+        value.load(own) if isinstance(value, Part) else value.load_state_dict(own)
     return {name: tensor.detach() for name, tensor in as_tensors(value).items()}
