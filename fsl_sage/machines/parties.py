@@ -107,7 +107,7 @@ def load_late(
     for kind in {name.partition(".")[0] for name in tensors}:
         (part,) = groups[one_of("kind", kind, groups)]
         prefix = f"{kind}."
-        part.model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        part.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
 
 
 def catch_up(

@@ -195,11 +195,11 @@ def fetch_models(state: State, ledger: WireLedger) -> None:
     if record_of(state.experiment).evaluation_models is only_global:
         return
     for i, part in enumerate(state.clients):
-        named = {f"evaluation.{name}": tensor for name, tensor in part.model.state_dict().items()}
+        named = {f"evaluation.{name}": tensor for name, tensor in part.exchanged().items()}
         if ledger.place == i:
             ledger.send(SERVER, named)
         elif ledger.place == SERVER:
-            taken("evaluation", part.model, ledger.receive(i, named))
+            taken("evaluation", part, ledger.receive(i, named))
 
 # %% ../../nbs/74_machines.remote.ipynb #089a819b
 def served(

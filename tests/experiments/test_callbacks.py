@@ -179,7 +179,7 @@ def test_callbacks_hear_of_a_run_that_cannot_be_stored(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fsl_sage.experiments.runs.put_run", full)
+    monkeypatch.setattr("fsl_sage.experiments.attempt.put_run", full)
     hears = Hears()
     with pytest.raises(OSError, match="No space left"):
         RunStore(tmp_path).get([tiny("fed_avg")], "cpu", progress=False, jobs=1, callbacks=[hears])

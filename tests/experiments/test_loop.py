@@ -29,4 +29,4 @@ def callers(names):
 )
 def test_one_loop_makes_all_rounds(names, function):
     found = [one for one in callers(names) if not one[0].startswith("algorithms/")]
-    assert found == [("experiments/train", function)]
+    assert found == [("experiments/loop", function)]

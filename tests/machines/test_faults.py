@@ -24,7 +24,6 @@ from fsl_sage.algorithms.participation import asked_clients
 from fsl_sage.experiments.history import DivergedError
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.train import train
-from fsl_sage.machines import flower
 from fsl_sage.machines.flower import GridExchange
 from fsl_sage.machines.mail import Question
 from fsl_sage.machines.messages import MessageError, decode, encode
@@ -97,9 +96,9 @@ def spoiled_run(tmp_path_factory):
     folder, written = tmp_path_factory.mktemp("spoiled"), io.StringIO()
     experiment = small("fsl_sage", **THREE | {"rounds": 8, "algorithm.align_interval": 100})
     clients = Failing(experiment, folder, {WHERE[name]: spoil for name, (spoil, _) in SPOILED.items()})
-    flower.log.addHandler(handler := logging.StreamHandler(written))
+    logging.getLogger("fsl_sage.machines").addHandler(handler := logging.StreamHandler(written))
     history = ask_clients(experiment, clients, folder / "server")
-    flower.log.removeHandler(handler)
+    logging.getLogger("fsl_sage.machines").removeHandler(handler)
     return history, clients, written.getvalue()
 
 
