@@ -282,7 +282,8 @@ def _fresh_decoder(
     "`_fresh_models` of a language model. `ValueError` if a text is longer than its context."
     model, (length,) = experiment.model, data[0].image_shape
     adapter = model.adapter and Adapter(**asdict(model.adapter))
-    sizes: dict[str, Any] = {name: getattr(model, name) for name in ("width", "cut", "blocks", "heads", "context")}
+    asked = ("width", "cut", "blocks", "heads", "context", "pretrained")
+    sizes: dict[str, Any] = {name: getattr(model, name) for name in asked}
     with random_stream(generator(experiment.init_seed, "init"), device):
         split = split_decoder(model.name, data[0].num_classes, adapter=adapter, **sizes)
         aux, own = None, model.auxiliary

@@ -34,6 +34,7 @@ LATER_FIELDS = {
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None,
     "model.adapter": None, "model.blocks": None, "model.heads": None, "model.context": None,
+    "model.pretrained": False,
     "model.auxiliary.blocks": None, "model.auxiliary.start": "random",
     **{f"model.{part}.optimizer.{field}": default for part in ("client", "server", "auxiliary")
        for field, default in {"eps": 1e-8, "scheduler.warmup_steps": 0, "scheduler.total_steps": None}.items()},

@@ -186,6 +186,7 @@ class ModelConfig:
     blocks: int | None = None  # of a decoder; None: as published, likewise below
     heads: int | None = None  # of each block's attention
     context: int | None = None  # positions it knows
+    pretrained: bool = False  # of a decoder: whether it starts from a file of weights (`networks.gpt2.find_weights`)
 
     def __post_init__(self):
         check_types(self, "model.")
@@ -195,7 +196,7 @@ class ModelConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name}", value, "at least 1, or None")
         if MODELS[self.name].reads != "text":
-            forget(self, "adapter", "blocks", "heads", "context")
+            forget(self, "adapter", "blocks", "heads", "context", "pretrained")
             object.__setattr__(self, "auxiliary", replace(self.auxiliary, blocks=None, start="random"))
         if self.cut == MODELS[self.name].cut_layer:
             object.__setattr__(self, "cut", None)  # one description

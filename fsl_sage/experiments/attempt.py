@@ -30,6 +30,7 @@ from .history import DivergedError, History, StoppedError
 from .callbacks import finish, tell_interrupted, tell_round, telling
 from .setup import set_up
 from .train import train
+from ..networks.gpt2 import weights_in
 
 # %% ../../nbs/46_experiments.attempt.ipynb #38b1a975
 def diverged_before(
@@ -48,12 +49,13 @@ class RunDigests(Digests):
     def of(self, experiment: Experiment) -> str | None:
         "As `data_digest` says; a plug-in's parts are built once to see which files they read."
         digest = super().of(experiment)
-        if digest is None or not experiment.plugins:
+        if digest is None or not (experiment.plugins or experiment.model.pretrained):
             return digest
         if not is_built(experiment):
             with suppress(Exception):  # training will tell
                 set_up(experiment, self.root)
-        return with_files(digest, experiment, now=True)
+        with weights_in(self.root):
+            return with_files(digest, experiment, now=True)
 
 # %% ../../nbs/46_experiments.attempt.ipynb #38258070
 def digest_at(

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..core import atomic_path
 from ..data.files import IDX_FILES, idx_path
 from ..data.sources import MADE, checked_arrays, data_root, digest_of, places, reader_of
 from ..data.text import text_files
+from ..networks.gpt2 import find_weights
 
 # %% ../../nbs/37_experiments.digests.ipynb #4ad0d7ec
 SETTLED = 2.0  # seconds after which a file's time tells a change
@@ -153,6 +155,18 @@ def _hear(event: str, args: tuple[Any, ...]) -> None:
     if event == "open" and isinstance(args[2], int) and args[2] & 3 == os.O_RDONLY:
         _note(args[0])
 
+# %% ../../nbs/37_experiments.digests.ipynb #f4cfe8b3
+def _weights(path: Path) -> str:  # SHA-256, hexadecimal
+    "What tells these weights from others."
+    about = path.stat()
+    return _weights_as_of(path, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _weights_as_of(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 # %% ../../nbs/37_experiments.digests.ipynb #087decd9
 def listen(
     tag: str,  # of a plug-in
@@ -201,8 +215,8 @@ def with_files(
     experiment: Experiment,  # whose parts were built
     now: bool = False,  # what the files hold now, not when they were read
 ) -> str:
-    "The digest of the data and of the files that plug-ins have read; that of the data if there are none."
-    read = set()
+    "The digest of the data, of files that plug-ins have read, and of pretrained weights; that of the data if none are."
+    read = {_weights(find_weights(experiment.model.name))} if experiment.model.pretrained else set()
     for tag in experiment.plugins:
         read |= set(_READ.get((tag,), {}).values())
     for file, sha in _READ.get(_key(experiment), {}).items():

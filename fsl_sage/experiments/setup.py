@@ -26,6 +26,7 @@ from ..data.sources import HALF, load
 from .digests import building
 from .loop import Round
 from ..ledger import Ledger
+from ..networks.gpt2 import weights_in
 
 # %% ../../nbs/40_experiments.setup.ipynb #18d286af
 def as_rgb32(
@@ -135,5 +136,5 @@ def set_up(
 ) -> State:
     "The state that `experiment` starts from, on the CPU: for `register_of`, without training anything."
     dataset, _ = prepare(experiment, torch.device("cpu"), root)
-    with building(experiment):
+    with building(experiment), weights_in(root):
         return record_of(experiment).init(experiment, client_data(experiment, dataset), Ledger())

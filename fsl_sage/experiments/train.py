@@ -36,6 +36,7 @@ from .history import ALIGNMENT_COLUMNS, CallbackError, DivergedError, History, f
 from .loop import Bench, Round, Run, alignment_rows, is_due, is_last, is_spent, round_row, rounds
 from .setup import Register, client_data, prepare, register_of
 from ..ledger import Ledger
+from ..networks.gpt2 import weights_in
 from ..algorithms.state import evaluation_loss
 from ..networks.recording import OnGpu, recording
 
@@ -77,9 +78,9 @@ def begin(
     fine = f"{(data or '')[:16]}, as when the run was asked for: a file was replaced, or a plug-in has other data"
     algorithm, ledger = record_of(experiment), Ledger(phase="start")
     bench = Bench(dataset, validation, algorithm, evaluation_loss(experiment))
-    with clients_in_flight(in_flight), building(experiment):
+    with clients_in_flight(in_flight), building(experiment), weights_in(root):
         state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
-    digest = with_files(dataset.digest, experiment)
+        digest = with_files(dataset.digest, experiment)
     require(data in (None, digest), f"digest of {dataset.name!r}", digest[:16], fine)
     register = register_of(state, experiment.clock is not None)
     done = _continued(checkpoint, state, ledger, digest)

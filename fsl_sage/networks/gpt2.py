@@ -4,23 +4,30 @@
 
 # %% auto #0
 __all__ = ['DECODERS', 'STARTS', 'Embed', 'Affine', 'Adapter', 'QueryKeyValue', 'Attention', 'Mlp', 'Block', 'init_gpt2',
-           'only_adapters', 'gpt2', 'tie', 'hugging_face_name', 'load_hugging_face', 'Decoder', 'usual_blocks',
-           'decoder_auxiliary', 'blocks_of', 'leave_out_blocks', 'released_bytes']
+           'only_adapters', 'gpt2', 'tie', 'hugging_face_name', 'load_hugging_face', 'weights_in', 'weight_places',
+           'find_weights', 'Decoder', 'usual_blocks', 'decoder_auxiliary', 'blocks_of', 'leave_out_blocks',
+           'released_bytes']
 
 # %% ../../nbs/16_networks.gpt2.ipynb #1c68a7b2
 import math
+import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core import require
+from ..data.sources import data_root
 
 # %% ../../nbs/16_networks.gpt2.ipynb #3c9dc232
 class Embed(nn.Module):
@@ -243,16 +250,61 @@ def load_hugging_face(
     where: str = "the file",  # it came from, for messages
 ) -> nn.Module:
     "Give the network these weights; adapters stay. `ValueError` names the first tensor that is missing or unfit."
-    known = {f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in tensors.items()}
+    ours = "embed.wte.weight" in tensors  # a network of ours, as `export_model` writes it
+    known = {hugging_face_name(name) if ours else name: tensor for name, tensor in tensors.items()}
+    known |= {f"transformer.{name}": t for name, t in known.items() if not name.startswith(("transformer.", "lm_head"))}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        theirs = hugging_face_name("embed.wte.weight" if name == "head.weight" else name)
+        tied = name == "head.weight" and "lm_head.weight" not in known
+        theirs = hugging_face_name("embed.wte.weight" if tied else name)
         found, shape = known.get(theirs), tuple(parameter.shape)
         fine = f"a GPT-2 with {theirs!r} of shape {shape}; it has {'none' if found is None else tuple(found.shape)}"
         require(found is not None and tuple(found.shape) == shape, "weights", where, fine)
         parameter.copy_(found)
     return model
+
+# %% ../../nbs/16_networks.gpt2.ipynb #d2b39a31
+_root: ContextVar[str | Path | None] = ContextVar("where weights are looked for", default=None)
+
+
+@contextmanager
+def weights_in(
+    root: str | Path | None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+) -> Iterator[None]:
+    "Networks that are built within the block find their pretrained weights there."
+    token = _root.set(root)
+    try:
+        yield
+    finally:
+        _root.reset(token)
+
+
+def weight_places(
+    name: str,  # one of DECODERS
+) -> list[Path]:
+    "Where the weights of a decoder may be, in the order of looking."
+    dashed, root = name.replace("_", "-"), data_root(_root.get())
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    kept = [hub / f"models--{owner}{dashed}" / "snapshots" for owner in ("openai-community--", "")]
+    own = [root / folder / "model.safetensors" for folder in dict.fromkeys((name, dashed))]
+    return own + [path for folder in kept for path in sorted(folder.glob("*/model.safetensors"))]
+
+
+def find_weights(
+    name: str,  # one of DECODERS
+) -> Path:
+    "The file of a decoder's pretrained weights; `FileNotFoundError` that lists every place if it is nowhere."
+    looked = weight_places(name)
+    if (path := next((path for path in looked if path.is_file()), None)) is not None:
+        return path
+    published = "" if name == "gpt2_tiny" else f"openai-community/{name.replace('_', '-')}, or "
+    raise FileNotFoundError(
+        f"weights of {name!r} not found; looked at {', '.join(map(str, looked))}, and in the cache of Hugging Face's "
+        f"hub. What to do: put model.safetensors ({published}one that export_model has written) into the "
+        f"folder {name}/ there, or name the folder that has it by FSL_SAGE_DATA, or by data_root, which comes first."
+    )
 
 # %% ../../nbs/16_networks.gpt2.ipynb #bc6c7298
 class Decoder(NamedTuple):

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core import generator, one_of, require
 from .cut import SplitModel, blamed, cut_layers, keep_modes, located
-from .gpt2 import DECODERS, Adapter, gpt2
+from .gpt2 import DECODERS, Adapter, find_weights, gpt2, load_hugging_face
 
 # %% ../../nbs/18_networks.zoo.ipynb #29d90eb9
 def init_weights(
@@ -326,8 +327,9 @@ def split_decoder(
     heads: int | None = None,  # None: as published
     context: int | None = None,  # positions; None: as published
     adapter: Adapter | None = None,  # None: all is trained
+    pretrained: bool = False,  # whether it starts from a file of weights (`find_weights`), not at random
 ) -> SplitModel:
-    """The decoder called `name`, freshly initialised and cut. `ValueError` if a number or the layer is unfit.
+    """The decoder called `name`, initialised and cut. `ValueError` if a number, the layer or the weights are unfit.
 
     >>> from fsl_sage.networks.zoo import split_decoder
     >>> split = split_decoder("gpt2_tiny", vocabulary=100, cut="h1")
@@ -337,5 +339,8 @@ def split_decoder(
     sizes = DECODERS[one_of("model.name", name, DECODERS)]
     wide, blocks = max(1, sizes.width * width // 64), blocks or sizes.blocks
     whole = gpt2(vocabulary, context or sizes.context, wide, heads or sizes.heads, blocks, adapter)
+    if pretrained:
+        path = find_weights(name)
+        load_hugging_face(whole, load_file(path), str(path))
     layers = ["embed", *(f"h{j}" for j in range(blocks))]
     return SplitModel.cut(whole, one_of("model.cut", cut or MODELS[name].cut_layer, layers))

@@ -7,8 +7,11 @@ from fsl_sage import Callback, Experiment, train
 from fsl_sage.algorithms.fleet import part_tensors
 from fsl_sage.config.experiment import from_dict
 from fsl_sage.core import tensor_bytes
+from fsl_sage.experiments.attempt import RunDigests
 from fsl_sage.experiments.callbacks import StopRun
+from fsl_sage.experiments.checkpoint import write_tensors
 from fsl_sage.experiments.train import train_state
+from fsl_sage.networks.gpt2 import gpt2
 from fsl_sage.papers.oracle import replay
 from tests.support.traces import read_trace
 
@@ -136,3 +139,22 @@ def test_networks_and_data_must_fit():
     for changes in ({"model.name": "resnet18"}, {"dataset.name": "fmnist_mini"}, {"model.context": 20}):
         with pytest.raises(ValueError, match=r"model\.(name|context)=.*(dataset\.name|seq_len)"):
             train(small("fed_avg", **changes), "cpu", progress=False)
+
+
+def test_pretrained_weights_are_found_like_data_and_are_part_of_the_address(tmp_path):
+    run = small("centralised", rounds=1, **{"model.pretrained": True})
+    with pytest.raises(
+        FileNotFoundError, match=r"weights of 'gpt2_tiny' not found; looked at .*model\.safetensors.*put"
+    ):
+        train(run, "cpu", tmp_path, progress=False)
+    digests = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = gpt2(V, CONTEXT, W, 4, BLOCKS)
+        write_tensors(tmp_path / "gpt2_tiny" / "model.safetensors", base.state_dict(), {})
+        history, state = train_state(run, "cpu", tmp_path, progress=False)
+        table = state.clients[0].model.get_submodule("embed").wte.weight
+        assert torch.equal(table, base.get_submodule("embed").wte.weight)
+        digests.append(history.data)
+        assert RunDigests(tmp_path).of(run) == history.data
+    assert len({*digests, train(small("centralised", rounds=1), "cpu", progress=False).data}) == 3
