@@ -259,7 +259,11 @@ MODELS = {
     "resnet110": Network(partial(resnet, (18, 18, 18), **HE_CIFAR), "layer1"),
     "resnet16": Network(partial(resnet, (2, 2, 3), base=16, stem="cifar"), "layer2"),
     "alexnet": Network(alexnet, "pool1"),
-} | {name: Network(gpt2, f"h{sizes.client_blocks - 1}", "text") for name, sizes in DECODERS.items()}
+    "gpt2_tiny": Network(gpt2, "h0", "text"),
+    "gpt2": Network(gpt2, "h2", "text"),
+    "gpt2_medium": Network(gpt2, "h0", "text"),
+    "gpt2_large": Network(gpt2, "h0", "text"),
+}
 
 # %% ../../nbs/18_networks.zoo.ipynb #3fcb7001
 def _tried(name: str, whole: nn.Module, at: str, in_channels: int, sides: tuple[int, int]) -> SplitModel:
