@@ -127,7 +127,8 @@ def make_part(
 class LocalData(Protocol):
     "The data of one client."
 
-    num_classes: int  # of the whole problem, not only of the labels this client has; of texts: tokens there are
+    @property
+    def num_classes(self) -> int: ...  # of the whole problem, not only of the labels this client has; of texts: tokens
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -281,7 +282,7 @@ def _fresh_decoder(
 ) -> tuple[SplitModel, nn.Module | None, Trial]:
     "`_fresh_models` of a language model. `ValueError` if a text is longer than its context."
     model, (length,) = experiment.model, data[0].image_shape
-    adapter = model.adapter and Adapter(**asdict(model.adapter))
+    adapter = Adapter(**asdict(model.adapter)) if model.adapter else None
     asked = ("width", "cut", "blocks", "heads", "context", "pretrained")
     sizes: dict[str, Any] = {name: getattr(model, name) for name in asked}
     with random_stream(generator(experiment.init_seed, "init"), device):
@@ -291,7 +292,7 @@ def _fresh_decoder(
             aux = auxiliary_model(model.name, split, own.size)
         elif auxiliary:
             aux = decoder_auxiliary(split.server, usual_blocks(model.name, split.server, own.blocks), own.start)
-    positions = split.client.get_submodule("embed").wpe.num_embeddings
+    positions = len(split.client.get_parameter("embed.wpe.weight"))
     fine = f"at least {length} for these texts, or dataset.seq_len at most {positions}"
     require(length <= positions, "model.context", positions, fine)
     parts = {"client": split.client, "server": split.server, "aux": aux or nn.Identity()}
@@ -316,7 +317,7 @@ def _fresh_models(
     size, aux = model.auxiliary.size, None
     who = f"model.name={model.name!r}", f"model.auxiliary.size={size!r}"
     with random_stream(generator(experiment.init_seed, "init"), device):
-        split = split_model(model.name, shape[0], classes, shape[1:], model.width, model.cut)
+        split = split_model(model.name, shape[0], classes, (shape[1], shape[2]), model.width, model.cut)
         trial = Trial() if model.name in OURS else try_parts(split, None, shape, classes, who=who)
         if auxiliary and size == FIRST_LAYERS:
             aux = auxiliary_for(split, torch.zeros(2, *shape), model.auxiliary.budget_mb)
@@ -447,7 +448,7 @@ def uncounted(
     parts = {"client_model": state.clients[0], "server_model": state.servers[0]}
     parts |= {"aux_model": state.auxes[0]} if len(state.auxes) else {}
     client, server = state.clients[0].model, state.servers[0].model
-    context = context or client.get_submodule("embed").wpe.num_embeddings
+    context = context or len(client.get_parameter("embed.wpe.weight"))
     found = {}
     for kind, part in parts.items():
         more = released_bytes(part.model, context) - tensor_bytes(part.exchanged())

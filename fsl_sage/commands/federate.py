@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .federation import Federation, federation, follow, refusals, run_config
+from .federation import Config, Federation, federation, follow, refusals, run_config
 from .words import Job, jobs_of
 from .train import on_terminal
 from ..core import require
@@ -60,7 +60,7 @@ def local(args: argparse.Namespace, words: Sequence[str]) -> None:
     failed = False
     try:
         shares = write_shares(job.experiment, folder / "shares", job.options.data_root)
-        nodes = [{"device": device, "data": str(path)} for path in shares]
+        nodes: list[Config] = [{"device": device, "data": str(path)} for path in shares]
         print(f"a server and {n} client{'s' * (n > 1)}, each a process of its own", file=sys.stderr)
         with federation(folder, nodes, temporary=True) as here:
             told = run_config(job.experiment, device, args.patience, job.options.data_root)

@@ -51,8 +51,11 @@ clientapp = "fsl_sage_app.app:client"
 """
 
 
+Config = dict[str, str | int | float | bool]
+
+
 def toml(
-    values: dict[str, str | int | float | bool],
+    values: Config,
 ) -> str:
     "A table of plain values."
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
@@ -60,7 +63,7 @@ def toml(
 
 def write_app(
     folder: str | Path,
-    config: dict[str, str | int | float | bool],  # `run_config` of both apps
+    config: Config,  # `run_config` of both apps
 ) -> None:
     "The folder for `flwr run`."
     package = Path(folder) / "fsl_sage_app"
@@ -70,7 +73,6 @@ def write_app(
     (Path(folder) / "pyproject.toml").write_text(PYPROJECT + toml(config), "utf-8")
 
 # %% ../../nbs/89_commands.federation.ipynb #7590efac
-Config = dict[str, str | int | float | bool]
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 ANY = ("0.0.0.0", "::")  # addresses that mean: all of this machine's
 
@@ -122,7 +124,7 @@ def server_tls(
     "Words for the SuperLink."
     if not own:
         return ["--insecure"]
-    shown = ["--ssl-ca-certfile", own / "ca.pem", "--ssl-certfile", own / "server.pem"]
+    shown: list[str | Path] = ["--ssl-ca-certfile", own / "ca.pem", "--ssl-certfile", own / "server.pem"]
     return [*shown, "--ssl-keyfile", own / "server.key", "--enable-supernode-auth"]
 
 
@@ -141,7 +143,7 @@ def known_server(
 ) -> str:
     "Flower's `config.toml`, by which its command line finds the server under the name `here`."
     how: Config = {"root-certificates": str((own / "ca.pem").resolve())} if own else {"insecure": True}
-    return f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{toml({"address": address} | how)}'
+    return f'[superlink]\ndefault = "here"\n\n[superlink.here]\n{toml({"address": address, **how})}'
 
 # %% ../../nbs/89_commands.federation.ipynb #9cce2f60
 class Commands(Programs):
@@ -157,8 +159,8 @@ class Commands(Programs):
     def register(self) -> None:
         "Tell Flower who may come in: the owners of the keys in the server's folder. Each becomes a node."
         for key in sorted(self.certificates.glob("client-*.pub")):
-            words = ["supernode", "register", key, "here", "--format", "json"]
-            said = self.flwr(*words, out=subprocess.PIPE).communicate()[0]
+            run = self.flwr("supernode", "register", key, "here", "--format", "json", out=subprocess.PIPE)
+            said = run.communicate()[0]
             try:
                 self.nodes[int(key.stem.removeprefix("client-"))] = int(json.loads(said)["node-id"])
             except (ValueError, KeyError, TypeError) as error:
@@ -169,7 +171,7 @@ class Commands(Programs):
         config: Config,  # `run_config`: experiment, device, seconds, …
     ) -> subprocess.Popen:  # its standard output is the server app's: see `said`
         "Hand in a run, and which node is which client."
-        nodes = {"nodes": json.dumps(self.nodes)} if self.nodes else {}
+        nodes: Config = {"nodes": json.dumps(self.nodes)} if self.nodes else {}
         write_app(self.folder / "app", config | nodes)
         return self.flwr("run", self.folder / "app", "here", "--stream", out=subprocess.PIPE)
 
@@ -236,7 +238,7 @@ class Federation(Commands):
         "Start a client's SuperNode behind a gate of its own, for its own processes."
         place = f"client-{client}"
         known, own = self.folder / f"{place}.toml", self.folder / place
-        known.write_text(toml({"partition-id": client, "folder": str(own)} | config), "utf-8")
+        known.write_text(toml({"partition-id": client, "folder": str(own), **config}), "utf-8")
         private_folder(own)
         words = ["--superlink", server or self.address, "--node-config", known, *client_tls(certificates)]
         words += ["--max-wait-time", str(patience)] if patience else []
@@ -270,8 +272,8 @@ def run_config(
     root: str | None = None,  # the server's folder with data sets
 ) -> Config:
     "What both apps are told."
-    told = {"experiment": json.dumps(experiment.to_dict()), "device": device, "seconds": float(seconds)}
-    return told | ({"data-root": root} if root else {})
+    told: Config = {"experiment": json.dumps(experiment.to_dict()), "device": device, "seconds": float(seconds)}
+    return {**told, "data-root": root} if root else told
 
 # %% ../../nbs/89_commands.federation.ipynb #1362fb15
 ROUND = re.compile(r"round (\d+): accuracy (\S+), (\S+) MiB")

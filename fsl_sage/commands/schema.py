@@ -43,9 +43,10 @@ def _source(module: str) -> str:
 def _keys(module: str, variable: str) -> list[str]:
     "The keys of a dictionary that is written out in the source."
     for node in ast.parse(_source(module)).body:
-        names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
-        if variable in names and isinstance(node.value, ast.Dict):
-            return [key.value for key in node.value.keys]
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Dict):
+            continue
+        if variable in map(ast.unparse, node.targets):
+            return [ast.literal_eval(key) for key in node.value.keys]
     raise ValueError(f"{module} writes out no {variable}")
 
 
@@ -59,7 +60,7 @@ def _algorithms() -> list[str]:
     "The names of the records that are written out in the sources."
     calls = [node for source in _of_algorithms() for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     records = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "Algorithm"]
-    return [node.args[0].value for node in records if node.args and isinstance(node.args[0], ast.Constant)]
+    return [ast.literal_eval(node.args[0]) for node in records if node.args and isinstance(node.args[0], ast.Constant)]
 
 # %% ../../nbs/83_commands.schema.ipynb #eb8ad6b8
 def _explained(
@@ -76,9 +77,9 @@ def _explained(
         yield f"{above}*", ", ".join(f"{k} {v}" for k, v in (given or {}).items()), f"as {seen[kind]}*"
         return
     for node in classes[kind].body:
-        if not isinstance(node, ast.AnnAssign) or (kind, node.target.id) == ("Experiment", "plugins"):
+        if not isinstance(node, ast.AnnAssign) or (kind, ast.unparse(node.target)) == ("Experiment", "plugins"):
             continue
-        name, (_, _, comment) = node.target.id, lines[node.lineno - 1].partition("  # ")
+        name, (_, _, comment) = ast.unparse(node.target), lines[node.lineno - 1].partition("  # ")
         below = next((n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name) and n.id in classes), None)
         if below == "Settings":
             yield from _settings(f"{above}{name}.")
@@ -100,7 +101,8 @@ def _settings(above: str) -> Iterator[tuple[str, str, str]]:  # dotted name, def
         own = [node for node in classes if any(ast.unparse(base).endswith("Settings") for base in node.bases)]
         for node in (below for kind in own for below in kind.body if isinstance(below, ast.AnnAssign)):
             value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
-            yield above + node.target.id, ast.unparse(value).strip("'"), lines[node.lineno - 1].partition("  # ")[2]
+            name, comment = above + ast.unparse(node.target), lines[node.lineno - 1].partition("  # ")[2]
+            yield name, ast.unparse(value).strip("'"), comment
 
 
 def explained(
@@ -179,7 +181,8 @@ def _schema(kind: type, leave_out: tuple[str, ...], settings: tuple[type, ...]) 
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    return next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
+    kinds = (kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type))
+    return next((kind for kind in kinds if is_dataclass(kind)), None)
 
 
 def filled(

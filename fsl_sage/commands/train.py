@@ -126,8 +126,9 @@ def launch(
         finally:
             sys.argv = before
             os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
-        why = {path.stem: path.read_text("utf-8") for path in Path(folder).glob("*.failed")}
-    return why | run_rest([job for job in jobs if job.experiment.hash not in why], hydra_words) if broken else why
+        failed = {path.stem: path.read_text("utf-8") for path in Path(folder).glob("*.failed")}
+    left = [job for job in jobs if job.experiment.hash not in failed]
+    return failed | run_rest(left, hydra_words) if broken else failed
 
 
 def run_rest(

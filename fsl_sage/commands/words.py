@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, fields, make_dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from .schema import GROUPS, TEXT, Options, all_keys, choices, filled, schema
 
@@ -213,7 +213,7 @@ def _tree(
             for key, value in said.items():
                 OmegaConf.update(config, key, value)
         wrong = None
-        return OmegaConf.to_container(config, resolve=True)
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         wrong = wrong or next((word for word, said in words if key in said), key)

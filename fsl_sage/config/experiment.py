@@ -157,7 +157,8 @@ def _settle_parts(experiment: Experiment) -> None:
     object.__setattr__(experiment, "plugins", tuple(sorted({PLUGGED[part] for part in parts if part in PLUGGED})))
 
 # %% ../../nbs/23_config.experiment.ipynb #054e8370
-OF_TEXTS = {"vocabulary": "words", "seq_len": LENGTH, "objective": "clm"}  # fields of a data set, at their defaults
+# Fields of a data set, at their defaults.
+OF_TEXTS: dict[str, Any] = {"vocabulary": "words", "seq_len": LENGTH, "objective": "clm"}
 
 
 def _settle_text(experiment: Experiment) -> None:
@@ -168,7 +169,8 @@ def _settle_text(experiment: Experiment) -> None:
         fine = f"a network that reads images for {settings.name!r}: {why}; {others} train language models"
         require(not why, "model.name", experiment.model.name, fine)
         return
-    own = {spec.name: spec.default for spec in fields(settings) if spec.name in ("label_smooth", "align_masked")}
+    of_texts = [spec for spec in fields(settings) if spec.name in ("label_smooth", "align_masked")]
+    own: dict[str, Any] = {spec.name: spec.default for spec in of_texts}
     object.__setattr__(experiment, "algorithm", replace(settings, **own))
     object.__setattr__(experiment, "dataset", replace(experiment.dataset, **OF_TEXTS))
 
@@ -219,7 +221,7 @@ def _put(
 
 def _changed(experiment: Experiment, changes: dict[str, object]) -> Experiment:
     "`experiment` with `changes` by dotted name: a branch before its fields."
-    tree = experiment.to_dict(whole=True) | experiment._given  # type: ignore[attr-defined]
+    tree = experiment.to_dict(whole=True) | vars(experiment)["_given"]
     tree.pop("plugins")  # they follow from the parts
     for path, value in sorted(changes.items(), key=lambda change: change[0].count(".")):
         _put(tree, Experiment, path, value)

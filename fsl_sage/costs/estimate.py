@@ -8,7 +8,7 @@ __all__ = ['SAMPLES', 'TABLES', 'BUNDLES', 'networks', 'share', 'Counted', 'coun
 # %% ../../nbs/55_costs.estimate.ipynb #285ebacb
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ def _memory(run: Experiment, one: Counted) -> int:
     joint = run.num_clients if record_of(run).order == IN_STEP else 1
     samples, tested = share(run)
     batch = 2 * joint * run.model.client.batch_size * one.held
-    return 4 * models + (sum(samples) + tested) * one.pixels + batch + 2**29
+    return int(4 * models) + (sum(samples) + tested) * one.pixels + batch + 2**29
 
 # %% ../../nbs/55_costs.estimate.ipynb #9adb66ba
 def speed(
@@ -138,7 +138,7 @@ def speed(
 
 
 def estimate(
-    figures: dict[str, Sequence[Experiment]],  # runs by the figure or bundle that shows them
+    figures: Mapping[str, Sequence[Experiment]],  # runs by the figure or bundle that shows them
     seconds: float = 10.0,  # to measure this machine, in all
 ) -> pd.DataFrame:  # a row per figure: runs, PFLOP, core_hours, GB_sent, GiB_memory of the largest run
     "What the runs of each figure take on this machine's processor."

@@ -56,11 +56,11 @@ class Costs(NamedTuple):
     exact: float = 0  # one that does
     target: float = 0  # the true gradient at the cut, for an alignment
     alignment: float = 0  # a pass of an alignment
-    smashed: int = 0  # bytes of one sample at the cut
-    client_bytes: int = 0  # bytes of the client's model
+    smashed: float = 0  # bytes of one sample at the cut
+    client_bytes: float = 0  # bytes of the client's model
     statistics: int = 0  # bytes of its buffers: BatchNorm's statistics
-    server_bytes: int = 0  # of the server's
-    aux_bytes: int = 0  # of the auxiliary model; 0: there is none
+    server_bytes: float = 0  # of the server's
+    aux_bytes: float = 0  # of the auxiliary model; 0: there is none
 
 # %% ../../nbs/35_costs.table.ipynb #47261ed7
 def _auxiliary_costs(
@@ -118,7 +118,7 @@ def costs_of(
 ) -> Costs:
     "Count what a sample costs the parts of `state`."
     parts = [parts[0] if len(parts) else None for parts in (state.clients, state.servers, state.auxes)]
-    models, names = [part and part.model for part in parts], ("client_bytes", "server_bytes", "aux_bytes")
+    models, names = [part.model if part else None for part in parts], ("client_bytes", "server_bytes", "aux_bytes")
     own = {name: tensor_bytes(part.exchanged()) for name, part in zip(names, parts, strict=True) if part}
     how = models, state.data[0].image_shape, state.criterion
     try:

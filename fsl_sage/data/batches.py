@@ -51,9 +51,9 @@ class ClientData:
         return len(self.images)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         "(channel, height, width); of text (L,)"
-        return tuple(self.images.x.shape[1:])  # type: ignore[return-value]
+        return tuple(self.images.x.shape[1:])
 
     def batches(
         self,

@@ -80,8 +80,8 @@ def run_name(
     "What the run of `experiment` on these data is called, or would be."
     plain = experiment.hash
     if not data:
-        beside = [path.name for path in sorted(store.glob(f"{plain}-*")) if RUN.fullmatch(path.name)]
-        return plain if (store / plain).exists() or not beside else beside[0]
+        others = [path.name for path in sorted(store.glob(f"{plain}-*")) if RUN.fullmatch(path.name)]
+        return plain if (store / plain).exists() or not others else others[0]
     own = f"{plain}-{data[:8]}"
     there, beside = digest_at(store, plain), digest_at(store, own)
     if there == data or (beside is None and not there):
@@ -105,7 +105,8 @@ class Extras(Callback):
     "Callbacks of a run that goes into the store, where their failures cannot reach it."
 
     def __init__(self, callbacks: Sequence[Callback], name: str):
-        self.callbacks, self.name, self.failed, self.ended, self.why = list(callbacks), name, {}, None, ""
+        self.callbacks, self.name, self.failed, self.why = list(callbacks), name, {}, ""
+        self.ended: tuple[History, Models] | None = None
 
     def start(self, at: RunStart) -> None:
         "All begin, or the run does not."
@@ -195,7 +196,8 @@ def _train_here(
     if aside.exists():
         raise diverged_before(aside, experiment)
     checkpoint, extras = checkpoint_of(store, name), Extras(callbacks, name)
-    notes, place = ({"resumed": True} if checkpoint.exists() else {}), folder
+    notes: dict[str, Any] = {"resumed": True} if checkpoint.exists() else {}
+    place = folder
     forget_peak_memory()
     try:
         history = train(experiment, device, root, progress, checkpoint=checkpoint, callbacks=[extras], data=data)

@@ -168,21 +168,26 @@ def _weights_as_of(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/37_experiments.digests.ipynb #087decd9
+@cache
+def _listen_once() -> None:
+    "Hear from now on of every file that Python or safetensors opens for reading."
+    sys.addaudithook(_hear)
+    own = safetensors.torch.safe_open
+
+    def safe_open(filename: Any, *args: Any, **named: Any) -> Any:
+        _note(filename)
+        return own(filename, *args, **named)
+
+    # A function that gives what the class would.
+    safetensors.torch.safe_open = safetensors.safe_open = safe_open  # type: ignore[assignment, misc]
+
+
 def listen(
     tag: str,  # of a plug-in
     files: list[str],  # of its code
 ) -> None:
     "Note from now on which files this code reads."
-    if not getattr(listen, "on", False):
-        sys.addaudithook(_hear)
-        own = safetensors.torch.safe_open
-
-        def safe_open(filename: Any, *args: Any, **named: Any) -> Any:
-            _note(filename)
-            return own(filename, *args, **named)
-
-        safetensors.torch.safe_open = safetensors.safe_open = safe_open
-        listen.on = True
+    _listen_once()
     OPENERS.update(dict.fromkeys(files, tag))
 
 

@@ -32,7 +32,9 @@ def evaluate(
 ) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss: both per sample, of texts per token that counts
     "Accuracy and loss of `model` in eval mode; leaves it in train mode."
     model.eval()
-    correct, loss, n = 0, 0, 0
+    correct: float | Tensor = 0
+    loss: float | Tensor = 0
+    n: int | Tensor = 0
     for x, y in batches:
         logits = model(x)
         if y.ndim == 3:  # texts: targets, mask

@@ -10,10 +10,14 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .callbacks import Callback, Models, RunStart
 from .history import History
+
+if TYPE_CHECKING:
+    import wandb
+    from torch.utils.tensorboard import SummaryWriter
 
 # %% ../../nbs/54_experiments.loggers.ipynb #7228f496
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -25,7 +29,8 @@ class TensorBoard(Callback):
     "Writes a row's numbers to `<store>/tensorboard/<name of the run>`."
 
     def __init__(self, store: str | Path):  # root of the store
-        self.folder, self.writer = Path(store) / "tensorboard", None
+        self.folder = Path(store) / "tensorboard"
+        self.writer: SummaryWriter | None = None  # from the start on
 
     def start(self, at: RunStart) -> None:
         "Open the run's folder; rounds that will come again are forgotten. `ImportError` without the extra."
@@ -57,7 +62,8 @@ class WandB(Callback):
         store: str | Path,  # root of the store
         project: str = "fsl_sage",  # under which Weights & Biases lists the runs
     ):
-        self.folder, self.project, self.run = Path(store), project, None
+        self.folder, self.project = Path(store), project
+        self.run: wandb.Run | None = None  # from the start on
 
     def start(self, at: RunStart) -> None:
         "Begin the run, or go on with it: its id is its name. `ImportError` without the extra `wandb`."
@@ -69,7 +75,8 @@ class WandB(Callback):
         again = self._forget_sessions(at.name) if mode == "offline" else False
         self.run = wandb.init(
             project=self.project, id=at.name, resume=None if mode == "offline" else "allow", name=at.name,
-            config=at.experiment.to_dict(), dir=str(self.folder), mode=mode, settings=wandb.Settings(silent=True),
+            config=at.experiment.to_dict(), dir=str(self.folder), settings=wandb.Settings(silent=True),
+            mode=mode,  # type: ignore[arg-type]  # the user's word, which wandb checks
             reinit="create_new",  # a run of the session's own stays open, and keeps its rows apart
         )  # fmt: skip
         for row in at.earlier if again else ():

@@ -25,10 +25,10 @@ from .history import History
 
 # %% ../../nbs/53_experiments.models.ipynb #138c5823
 def whole_state(
-    split: SplitModel,
+    split: nn.Module,  # in two parts, `client` and `server`
 ) -> dict[str, Tensor]:  # on the CPU, as `module.state_dict()` of the network that was cut
     "Copies of both halves' parameters and buffers under the names they had before the cut."
-    tensors = split.client.state_dict() | split.server.state_dict()
+    tensors = split.get_submodule("client").state_dict() | split.get_submodule("server").state_dict()
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 # %% ../../nbs/53_experiments.models.ipynb #ba0eb786

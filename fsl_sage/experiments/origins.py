@@ -9,7 +9,6 @@ __all__ = ['FILES', 'LOADING', 'UNDO', 'INSTALLED', 'Source', 'digest_of', 'sour
 # %% ../../nbs/50_experiments.origins.ipynb #4dc4b04a
 import ast
 import hashlib
-import importlib.util
 import inspect
 import secrets
 import sys
@@ -17,6 +16,7 @@ import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Source:
 
 FILES: dict[str, Source] = {}  # by tag: what is loaded
 LOADING: list[str] = []  # the tag of what is being loaded
-UNDO: dict[tuple[str, str], Callable[[], None]] = {}  # part, as in PLUGGED → how to take it out
+UNDO: dict[tuple[str, str], Callable[[], object]] = {}  # part, as in PLUGGED → how to take it out
 
 
 def digest_of(contents: Iterable[bytes]) -> str:
@@ -82,8 +82,8 @@ def source_of(
             files[str(file)] = file.read_bytes()
             left += _imported(file, files[str(file)], folder)
     parts = [files[str(path)]]
-    for file in sorted(set(files) - {str(path)}):
-        parts += [file.removeprefix(str(folder)).encode(), files[file]]
+    for name in sorted(set(files) - {str(path)}):
+        parts += [name.removeprefix(str(folder)).encode(), files[name]]
     return Source(f"{path.stem}@{digest_of(parts)}", str(path), files)
 
 # %% ../../nbs/50_experiments.origins.ipynb #c9e4bd61
@@ -140,8 +140,7 @@ class Carried:
         for file, package in ((f"{place}.py", None), (str(place / "__init__.py"), [str(place)])):
             if file in self.source.files:
                 loader = Content(name, file, self.source.files[file])
-                where = {"loader": loader, "submodule_search_locations": package}
-                return importlib.util.spec_from_file_location(name, file, **where)
+                return spec_from_file_location(name, file, loader=loader, submodule_search_locations=package)
         spec = ModuleSpec(name, None, is_package=True)  # a folder without __init__.py
         spec.submodule_search_locations = [str(place)]
         return spec if any(Path(file).is_relative_to(place) for file in self.source.files) else None

@@ -185,7 +185,7 @@ def _arrive(tree: dict[str, Any], sources: list[Source]) -> Experiment:
 
 def _travel(experiment: Experiment) -> tuple[Callable[..., Experiment], tuple[Any, ...], dict[str, Any]]:
     sources = [FILES[tag] for tag in experiment.plugins if tag in FILES]
-    return _arrive, (experiment.to_dict(), sources), {"_given": experiment._given}
+    return _arrive, (experiment.to_dict(), sources), {"_given": vars(experiment)["_given"]}
 
 
 copyreg.pickle(Experiment, _travel)

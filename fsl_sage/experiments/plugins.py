@@ -45,8 +45,8 @@ def _register(
     name: str,
     part: Any,  # what is decorated
     taken: bool,  # whether there is a part of this name
-    put: Callable[[], None],  # adds the part
-    undo: Callable[[], None],  # takes it out
+    put: Callable[[], object],  # adds the part
+    undo: Callable[[], object],  # takes it out
 ) -> None:
     plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.-]*(/\w+)?", name) is not None
     where = "@network" if kind == "model" else f"@{kind}"

@@ -152,7 +152,8 @@ def train_missing(
     callbacks: Sequence[Callback] = (),  # told of the rounds that are trained
 ) -> dict[Experiment, Exception]:  # those that failed, and why
     "Train what is missing of `experiments`, each stored as it finishes."
-    missing, failed, digests = [], {}, RunDigests(root)
+    failed: dict[Experiment, Exception] = {}
+    missing, digests = [], RunDigests(root)
     for experiment in dict.fromkeys(experiments):
         try:
             missing += [experiment] if StoredRuns(store)._find(experiment, digests) is None else []

@@ -8,6 +8,7 @@ __all__ = ['as_rgb32', 'hold_out', 'prepare', 'client_data', 'Register', 'regist
 # %% ../../nbs/40_experiments.setup.ipynb #e63eef76
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def hold_out(
 def prepare(
     experiment: Experiment,
     device: torch.device,
-    root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+    root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> tuple[Dataset, Images | None]:  # the data set less its validation images; these
     "The experiment's images, on `device`. `ValueError` names `dataset.val_size` if too few would be left."
     config = experiment.dataset
@@ -110,7 +111,8 @@ class Register:
         before: Sequence[dict[str, Any]],  # rows of `History.rounds`
     ) -> dict[str, float]:  # columns of `History.rounds`
         "What a row says of participants and time."
-        clock, columns = self.experiment.clock, {}
+        columns: dict[str, float] = {}
+        clock = self.experiment.clock
         if self.experiment.participation < 1 or (clock and clock.deadline):
             columns["participants"] = len(made.attendance.clients)
         if clock:
@@ -132,7 +134,7 @@ def register_of(
 @arithmetic("fp32")
 def set_up(
     experiment: Experiment,
-    root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+    root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> State:
     "The state that `experiment` starts from, on the CPU: for `register_of`, without training anything."
     dataset, _ = prepare(experiment, torch.device("cpu"), root)

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -60,7 +60,9 @@ def table_to_csv(
     return table.to_csv(index=False, na_rep="nan", lineterminator="\n") if len(table.columns) else ""
 
 
-PARSERS = {"int": int, "uint": int, "float": float, "bool": "True".__eq__}  # by the type's name without its bits
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": int, "uint": int, "float": float, "bool": "True".__eq__,
+}  # by the type's name without its bits  # fmt: skip
 
 
 def table_from_csv(

@@ -285,8 +285,10 @@ def train(
     >>> train(small, device="cpu", progress=False).rounds["paper_bytes"].tolist()
     [4267632]
     """
-    options = {"callbacks": callbacks, "data": data, "recorded": recorded}
-    return train_state(experiment, device, root, progress, in_flight, checkpoint, **options)[0]
+    told = train_state(
+        experiment, device, root, progress, in_flight, checkpoint, callbacks=callbacks, data=data, recorded=recorded
+    )
+    return told[0]
 
 # %% ../../nbs/43_experiments.train.ipynb #09d3211b
 def selected(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..algorithms.state import LocalData
+from ..data.batches import ClientData
 from ..config.experiment import Experiment, from_dict
 from ..core import choose_device, printable, require
 from ..experiments.runs import RunStore
@@ -185,7 +185,7 @@ class GridExchange:
         if start and not self.known:
             return answers  # who are you? has just been asked
         here, now = set(self.grid.get_node_ids()), max(question.round for question in questions.values())
-        no = {i: MessageError("is not there") for i in questions if self.nodes.get(i) not in here}
+        no: dict[int, Answer] = {i: MessageError("is not there") for i in questions if self.nodes.get(i) not in here}
         for i in questions.keys() - no.keys():
             if self.silent_clients.rests(i, now):
                 again = f"is asked again in round {self.silent_clients.until[i]:.0f}"
@@ -270,8 +270,8 @@ def server_app() -> "ServerApp":
 def own_data(
     experiment: Experiment,
     node: Mapping[str, Any],  # the node's configuration
-    device: str | torch.device,
-) -> LocalData:
+    device: torch.device,
+) -> ClientData:
     "What a client trains on."
     place, share, n = int(node["partition-id"]), node.get("data"), experiment.num_clients
     require(int(node.get("num-partitions", n)) == n, "--of", node.get("num-partitions"), f"{n}, as the server says")

@@ -23,13 +23,14 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .processes import MARK, with_variables
 
 if TYPE_CHECKING:
     import psutil
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey as Key
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey as PublicKey
 
 # %% ../../nbs/82_machines.gate.ipynb #ce016260
 KEY = "flwr-public-key"  # Flower's header, as the two below
@@ -57,7 +58,7 @@ def own_key(
     "A client's key."
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-    return load_ssh_private_key((Path(folder) / "client.key").read_bytes(), None)
+    return cast("Key", load_ssh_private_key((Path(folder) / "client.key").read_bytes(), None))
 
 
 def signature(
@@ -106,7 +107,7 @@ def signer(
     if key not in keys:
         raise Refused("the server does not know this key: it lets in the owners of the .pub files in its folder")
     try:
-        load_pem_public_key(key).verify(signed, time.encode(), ECDSA(SHA256()))
+        cast("PublicKey", load_pem_public_key(key)).verify(signed, time.encode(), ECDSA(SHA256()))
     except InvalidSignature as error:
         raise Refused("the signature does not fit the key") from error
     if not -FAST < late < SLOW:
@@ -332,11 +333,10 @@ def knock(
     host, _, port = address.rpartition(":")
     where = host.strip("[]"), int(port)
     try:
+        line = http.client.HTTPConnection(*where, timeout=seconds)
         if ca:
             context = ssl.create_default_context(cafile=ca)
             line = http.client.HTTPSConnection(*where, timeout=seconds, context=context)
-        else:
-            line = http.client.HTTPConnection(*where, timeout=seconds)
         line.request("GET", KNOCK, headers=signature(key) if key else {})
         reply = line.getresponse()
         text, status = json.loads(reply.read(10_000))["gate"], reply.status

@@ -142,9 +142,10 @@ def ask(
             questions[i] = Question(mail.round, box.after, len(box.ups), mail.everyone, box.late, list(box.downs))
     came = {i: MessageError("no answer") for i in questions} | mail.exchange(questions)
     answers = {i: within(came[i], mail.limits[i]) for i in questions}
-    failed = {i: answers[i] for i in questions if isinstance(answers[i], MessageError)}
-    for i in questions.keys() - failed.keys():
-        mail.boxes[i].answered(len(questions[i].downs), answers[i])
+    failed = {i: answer for i, answer in answers.items() if isinstance(answer, MessageError)}
+    for i, answer in answers.items():
+        if not isinstance(answer, MessageError):
+            mail.boxes[i].answered(len(questions[i].downs), answer)
     if failed:
         raise MessageError("; ".join(f"{place_name(i)}: {why}" for i, why in failed.items()), list(failed))
 

@@ -20,7 +20,7 @@ import torch
 
 import fsl_sage
 from ..algorithms.participation import asked_clients
-from ..algorithms.state import LocalData, State
+from ..algorithms.state import State
 from ..config.experiment import Experiment
 from ..config.settings import algorithms, record_of
 from ..core import choose_device, one_of, printable, require
@@ -29,7 +29,7 @@ from ..data.batches import ClientData, eval_batches
 from ..data.images import Dataset
 from ..experiments.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ..experiments.store import run_lock
-from ..experiments.loop import Bench, Run, step_schedules
+from ..experiments.loop import Bench, step_schedules
 from ..experiments.history import History
 from ..experiments.setup import client_data, prepare
 from ..ledger import Ledger
@@ -37,7 +37,7 @@ from .mail import MARGIN, AnsweringMail, AskingMail, Exchange, NotYet, Question,
 from .mail import end_round, kept_mail, leave_out, plain_of, remember, remembered, within
 from .messages import MessageError, check, decode, encode
 from .placed import Outline
-from .remote import NOTE, check_remote, due_bytes, join
+from .remote import NOTE, WireRun, check_remote, due_bytes, join
 from .wire import SERVER, Guard, WireLedger, check_stamp
 from .remote import outline_of, outlines, rounds_here, serve, take_places
 from .wire import place_name
@@ -133,7 +133,8 @@ def digest(
 ) -> str:  # hexadecimal
     "SHA-256 of a client's images, labels, and what normalises them."
     sha = hashlib.sha256(str(data.num_classes).encode())
-    for tensor in (data.images.x, data.images.y, data.mean, data.std):
+    for values in (data.images.x, data.images.y, data.mean, data.std):
+        tensor = torch.as_tensor(values)
         sha.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         sha.update(tensor.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
@@ -149,7 +150,7 @@ def about_client(
 def answer_question(
     experiment: Experiment,
     place: int,  # the client's number
-    own: LocalData,
+    own: ClientData,
     folder: str | Path,  # where it keeps what it must remember
     question: Question,
     device: str | torch.device = "cpu",
@@ -164,7 +165,7 @@ def answer_question(
         mine = own_state(state, place)
         mail.downs = catch_up(mine, client_file(folder, place, after) if after >= 0 else None, question)
         mail.ups, mail.done = [], False
-        next(rounds_here(Run(state, ledger, [Attendance(rnd, [place], [])])))
+        next(rounds_here(WireRun(state, ledger, [Attendance(rnd, [place], [])])))
     except NotYet:
         return mail.ups[question.have :]
     private_folder(folder)

@@ -75,8 +75,8 @@ class Placed(Part):
 # %% ../../nbs/71_machines.placed.ipynb #7feb5fc9
 def placed(part: Part) -> Placed:
     "The same part, placed."
-    own = {"fixed": part.fixed, "schedule": part.schedule}
-    return Placed(part.model, part.optimizer, part.scheduler, part.precision, **own)
+    how = part.scheduler, part.precision
+    return Placed(part.model, part.optimizer, *how, fixed=part.fixed, schedule=part.schedule)
 
 
 def elsewhere(
@@ -93,7 +93,7 @@ class Outline:
     "The data of a client that is not here: `batches` have shapes and no numbers."
 
     samples: int
-    image_shape: tuple[int, int, int]  # (channel, height, width)
+    image_shape: tuple[int, ...]  # (channel, height, width)
     num_classes: int  # of the whole problem
     batch_size: int
     device: str | torch.device = "meta"

@@ -88,8 +88,8 @@ class Processes:
 
     def __enter__(self) -> "Processes":
         self.folder.mkdir(0o700, parents=True, exist_ok=True)
-        words, said = [sys.executable, "-m", "fsl_sage.machines.processes"], {"stdin": subprocess.PIPE, "text": True}
-        self.watcher = subprocess.Popen(words, **said, start_new_session=True)
+        words = [sys.executable, "-m", "fsl_sage.machines.processes"]
+        self.watcher = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
         told = {"mark": self.mark, "temporary": str(self.folder) if self.temporary else None}
         self.watcher.stdin.write(json.dumps(told) + "\n")
         self.watcher.stdin.flush()
@@ -117,9 +117,10 @@ class Processes:
         here = Path(sys.executable).parent
         own = {MARK: self.mark, PLACE: place, "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}"}
         with open(self.folder / f"{place}.log", "ab", opener=privately) as log:
-            said = {"stdin": subprocess.DEVNULL, "stdout": out or log, "stderr": log, "start_new_session": True}
-            environment = os.environ | own | environment
-            return subprocess.Popen([here / program, *words], env=environment, pass_fds=keeps, **said)
+            return subprocess.Popen(
+                [here / program, *words], env=os.environ | own | environment, pass_fds=keeps,
+                stdin=subprocess.DEVNULL, stdout=out or log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def alive(self, place: str | None = None) -> list["psutil.Process"]:  # None: of all places
         "What runs."

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['NOWHERE', 'NOTE', 'outline_of', 'take_places', 'outlines', 'introduce', 'check_remote', 'join', 'share_losses',
-           'rounds_of', 'rounds_here', 'due_bytes', 'fetch_models', 'served', 'close_round', 'serve', 'line', 'attend']
+           'rounds_of', 'WireRun', 'rounds_here', 'due_bytes', 'fetch_models', 'served', 'close_round', 'serve', 'line',
+           'attend']
 
 # %% ../../nbs/74_machines.remote.ipynb #8c473b0d
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -153,8 +154,15 @@ def rounds_of(
     return (Attendance(rnd, list(taking_part(experiment, rnd)), []) for rnd in range(first, experiment.rounds))
 
 
+@dataclass
+class WireRun(Run):
+    "A federation between two rounds, as one place has it."
+
+    ledger: WireLedger
+
+
 def rounds_here(
-    run: Run,  # of this place; its ledger is a `WireLedger`
+    run: WireRun,  # of this place
 ) -> Iterator[Round]:
     "This place's part of each round. `ValueError` if the algorithm draws from a global random stream."
     for made in rounds(run):
@@ -183,7 +191,7 @@ def due_bytes(
     for name in ("clients", "servers", "auxes"):
         parts = [elsewhere(part.model.to("meta"), experiment.precision) for part in getattr(state, name)]
         setattr(state, name, parts)
-    (made,) = rounds_here(Run(state, ledger, [Attendance(0, [0], [])]))
+    (made,) = rounds_here(WireRun(state, ledger, [Attendance(0, [0], [])]))
     losses = {"losses.": torch.zeros(len(made.metrics.losses), dtype=torch.double)}
     up = [transfer for transfer in ledger.transfers if transfer.direction == "up"]
     notes = NOTE * (1 + sum(transfer.kind == "framing" for transfer in up))
@@ -218,7 +226,7 @@ def served(
 # %% ../../nbs/74_machines.remote.ipynb #777ab8d6
 def close_round(
     made: Round,
-    run: Run,  # the server's
+    run: WireRun,  # the server's
     bench: Bench,
     done: Progress,  # moves on by a round
 ) -> None:
@@ -250,7 +258,7 @@ def serve(
 ) -> History:
     "All rounds that are left, at the server."
     experiment, done = state.experiment, done or Progress(0)
-    run = Run(state, ledger, rounds_of(experiment, done.next_round, taking_part))
+    run = WireRun(state, ledger, rounds_of(experiment, done.next_round, taking_part))
     for made in rounds_here(run):
         close_round(made, run, bench, done)
         each_round(done)
@@ -272,7 +280,7 @@ def attend(
     ledger: WireLedger,
 ) -> None:
     "All rounds, at a client."
-    for made in rounds_here(Run(state, ledger, rounds_of(state.experiment))):
+    for made in rounds_here(WireRun(state, ledger, rounds_of(state.experiment))):
         if is_due(state.experiment, ledger, made.number):
             fetch_models(state, ledger)
         if not ledger.receive(SERVER, {"more.": torch.tensor(True)})["more."]:

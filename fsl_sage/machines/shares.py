@@ -47,9 +47,10 @@ def write_shares(
         raise ValueError(f"{there[0]}: is there already, and may be in use; name another folder")
     shares = client_data(experiment, prepare(experiment, torch.device("cpu"), root)[0])
     for path, data in zip(paths, shares, strict=True):
-        arrays = {"images": data.images.x, "labels": data.images.y, "mean": data.mean, "std": data.std}
+        mean, std = (torch.as_tensor(numbers).numpy() for numbers in (data.mean, data.std))
+        images, labels = data.images.x.numpy(), data.images.y.numpy()
         with atomic_path(path) as whole:
-            np.savez(whole, num_classes=data.num_classes, **{name: tensor.numpy() for name, tensor in arrays.items()})
+            np.savez(whole, num_classes=data.num_classes, images=images, labels=labels, mean=mean, std=std)
             whole.chmod(0o600)
     return paths
 
@@ -76,7 +77,8 @@ def check_share(
     images, classes, labels, *numbers = (arrays[name] for name in SHARE)
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.size > 0 and images.shape[1] <= 4
     check("images", fits, "uint8 (n, 1 to 4 channels, height, width)")
-    check("num_classes", classes.shape == () and classes.dtype.kind in "iu" and classes >= 2, "a whole number from 2")
+    fits = classes.shape == () and classes.dtype.kind in "iu" and bool(classes >= 2)
+    check("num_classes", fits, "a whole number from 2")
     fits = labels.dtype == np.int64 and labels.shape == images.shape[:1]
     check("labels", fits and labels.min() >= 0 and labels.max() < classes, f"int64 (n,) from 0 to {classes - 1}")
     for name, array in zip(("mean", "std"), numbers, strict=True):

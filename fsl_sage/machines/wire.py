@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import as_tensors, tensor_bytes
-from ..ledger import Ledger, Link, framing_bytes
+from ..ledger import Ledger, Link, Sendable, framing_bytes
 from .messages import MessageError, check, check_numbers, decode, encode
 from ..networks.part import Part
 
@@ -208,6 +208,8 @@ def to_several(
 class WireLink(Link):
     "The wire between one client and the server, of which one end may be here."
 
+    ledger: WireLedger  # of this place
+
     def _send(self, direction: str, message: dict) -> dict | Tensor | tuple:
         super()._send(direction, message)  # the records
         wire = self.ledger
@@ -224,7 +226,7 @@ class WireLink(Link):
 # %% ../../nbs/73_machines.wire.ipynb #7b1b6ba4
 def taken(
     kind: str,  # of the value
-    value: Part | nn.Module | dict[str, Tensor] | Tensor,  # as it was sent; a model becomes what has arrived
+    value: Sendable,  # as it was sent; a model becomes what has arrived
     arrived: dict[str, Tensor] | None,  # the whole message by dotted names; None: not here
 ) -> dict[str, Tensor] | Tensor:
     "What is here of one value of a message."

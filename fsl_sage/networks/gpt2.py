@@ -223,13 +223,15 @@ def gpt2(
     model = nn.Sequential(OrderedDict(layers))
     init_gpt2(model, blocks)
     tie(model)
-    return only_adapters(model) if adapter else model
+    if adapter:
+        only_adapters(model)
+    return model
 
 
 @torch.no_grad()
 def tie(model: nn.Module) -> None:
     "Make the head's numbers those of the token table."
-    model.get_submodule("head").weight.copy_(model.get_submodule("embed").wte.weight)
+    model.get_parameter("head.weight").copy_(model.get_parameter("embed.wte.weight"))
 
 # %% ../../nbs/16_networks.gpt2.ipynb #0832e01a
 def hugging_face_name(

@@ -130,7 +130,7 @@ class Trial:
 def try_parts(
     split: SplitModel,  # on the CPU; stays as it is
     aux: nn.Module | None,  # likewise
-    image_shape: tuple[int, int, int],  # (channel, height, width)
+    image_shape: tuple[int, ...],  # (channel, height, width)
     num_classes: int,
     aligned: bool = False,  # whether the auxiliary model will be aligned
     who: tuple[str, str] = ("split", "aux"),  # what messages blame: for the halves, for the auxiliary model

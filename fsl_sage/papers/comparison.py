@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -32,12 +33,12 @@ from ..experiments.history import History
 # %% ../../nbs/62_papers.comparison.ipynb #59bb075d
 METHODS = ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg")
 FROM_FED_AVG = ("fed_avg", "sl_multi_server", "sl_single_server", "cse_fsl", "fsl_sage")  # as a table lists them
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"rounds": 3, "comm_threshold_mb": 10.0},
     "quick": {},  # as the preset has it
     "paper": {"rounds": 1500, "comm_threshold_mb": 204800.0},
 }  # fmt: skip
-OWN_SIZES = {  # where a method differs from the others
+OWN_SIZES: dict[tuple[str, str], dict[str, Any]] = {  # where a method differs from the others
     ("smoke", "centralised"): {"comm_threshold_mb": None},
     ("paper", "centralised"): {"rounds": 240, "comm_threshold_mb": None},  # FedAvg's rounds within 200 GiB
 }
@@ -47,7 +48,7 @@ def comparison_run(
     size: str,  # smoke, quick or paper
     algorithm: str,  # one of METHODS, or centralised
     alpha: float | None = None,  # of a Dirichlet partition, > 0, small: uneven; None: IID
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> Experiment:
     "A run of the comparison. `ValueError` names a size or field that is unknown."
     sizes = SIZES[one_of("preset", size, SIZES)] | OWN_SIZES.get((size, algorithm), {})
@@ -58,7 +59,7 @@ def comparison_run(
 def controls(
     size: str,  # smoke, quick, paper or published; the last two have none
     alpha: float | None = None,  # as for `comparison_run`
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> list[Experiment]:  # frozen client, fixed auxiliary, true gradient
     "The runs between which every method of FSL-SAGE's figures should lie. `ValueError` for an unknown size or field."
     known = size == "published" or one_of("preset", size, SIZES)
@@ -70,7 +71,7 @@ def comparison_runs(
     size: str,  # smoke, quick or paper
     seeds: Sequence[int],
     alpha: float,  # of the Dirichlet partition beside the IID one
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> list[Experiment]:  # methods, then controls, then centralised; each seed by seed
     "The whole comparison: every method on both partitions, and between what it should lie."
     places = [(seed, place) for seed in seeds for place in (None, alpha)]
@@ -80,7 +81,9 @@ def comparison_runs(
 
 # %% ../../nbs/62_papers.comparison.ipynb #f7269638
 TARGETS = {"smoke": 0.3, "quick": 0.55, "paper": 0.81, "published": 0.81}  # accuracy that the headline asks for
-LIMITS = {"smoke": (3, 10.0), "quick": (7, None), "paper": (1500, 204800.0)}  # rounds, budget in MiB that ends a run
+LIMITS: dict[str, tuple[int, float | None]] = {
+    "smoke": (3, 10.0), "quick": (7, None), "paper": (1500, 204800.0),
+}  # rounds, budget in MiB that ends a run  # fmt: skip
 BUDGETS = {"smoke": 10.0, "quick": 18.0, "paper": 204800.0, "published": 204800.0}  # MiB at which accuracy is read
 PUBLISHED_ROUNDS = {  # rounds that decide the claim
     "fsl_sage": 110, "cse_fsl": 110, "sl_multi_server": 90, "sl_single_server": 150, "fed_avg": 100, "centralised": 100,
@@ -92,12 +95,12 @@ def headline_run(
     size: str,  # smoke, quick, paper or published
     algorithm: str,  # one of METHODS, or centralised
     rounds: int = 0,  # without a budget of bytes; 0: the limits of `size`
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> Experiment:
     "A run of the headline figure. `ValueError` names a size or field that is unknown."
     one_of("preset", size, TARGETS)
     if rounds or size == "published":
-        limits = {"rounds": rounds or PUBLISHED_ROUNDS[algorithm], "comm_threshold_mb": None}
+        limits: dict[str, Any] = {"rounds": rounds or PUBLISHED_ROUNDS[algorithm], "comm_threshold_mb": None}
     elif algorithm == "centralised":
         limits = {"rounds": CENTRALISED_ROUNDS[size]}
     else:
@@ -109,11 +112,11 @@ def headline_runs(
     size: str,  # smoke, quick, paper or published
     seeds: Sequence[int],
     rounds: int = 0,  # as for `headline_run`
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> list[Experiment]:  # methods, then controls; each seed by seed
     "The runs of the headline figure, without the centralised level."
     names = [name for name in METHODS if name != "fed_avg" or size != "published"]
-    limits = {"rounds": rounds, "comm_threshold_mb": None} if rounds else {}
+    limits: dict[str, Any] = {"rounds": rounds, "comm_threshold_mb": None} if rounds else {}
     runs = [headline_run(size, name, rounds, seed=seed, **changes) for seed in seeds for name in names]
     return runs + [run for seed in seeds for run in controls(size, seed=seed, **limits, **changes)]
 
@@ -150,7 +153,7 @@ ABLATIONS = {
 def ablation_run(
     size: str,  # smoke, quick or paper
     algorithm: str,  # fsl_sage or cse_fsl
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> Experiment:
     "A run of the figures about alignment. `ValueError` names a size or field that is unknown."
     return preset(size, algorithm, **(ABLATIONS[one_of("preset", size, ABLATIONS)] | changes))
@@ -160,7 +163,7 @@ def auxiliary_size_run(
     size: str,  # smoke, quick or paper
     auxiliary: str,  # one of AUXILIARY_SIZES
     algorithm: str = "fsl_sage",  # or cse_fsl
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> Experiment:
     "A run of the ablation of the auxiliary model's size; at `paper` until 200 GiB are sent."
     rounds = 1500 if auxiliary == "default" else 1600
@@ -170,7 +173,7 @@ def auxiliary_size_run(
 # %% ../../nbs/62_papers.comparison.ipynb #c0a1f008
 def ablation_controls(
     size: str,  # smoke, quick or paper; the last has none
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> list[Experiment]:
     "The controls of the figures about alignment."
     return [ablation_run(size, run.algorithm.name, **changes) for run in controls(size)]
@@ -185,7 +188,7 @@ def alpha_run(
     size: str,  # smoke, quick or paper
     algorithm: str,  # one of METHODS
     alpha: float | None,  # one of ALPHAS; None: IID
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> Experiment:
     "A run of the sweep over the heterogeneity of the clients. `ValueError` names a size or field that is unknown."
     whole = size != "paper" or alpha in (None, 1)
@@ -210,7 +213,7 @@ def alpha_of(
     return math.inf if experiment.dataset.distribution == "iid" else experiment.dataset.alpha
 
 # %% ../../nbs/62_papers.comparison.ipynb #c0a1f011
-SHARED_SIZES = {
+SHARED_SIZES: dict[str, dict[str, Any]] = {
     "smoke": {"dataset.max_train": 300, "dataset.max_test": 100, "rounds": 2}, "quick": {}, "paper": SIZES["paper"],
 }  # fmt: skip
 
@@ -219,7 +222,7 @@ def shared_server_run(
     size: str,  # smoke, quick or paper
     algorithm: str,  # one of METHODS, or a control
     alpha: float | None = None,  # as for `comparison_run`
-    **changes: object,  # fields by dotted name
+    **changes: Any,  # fields by dotted name
 ) -> Experiment:
     "A run of the figure about the shared upper half. `ValueError` names a size or field that is unknown."
     spread = {} if alpha is None else {"dataset.distribution": "noniid_dirichlet", "dataset.alpha": float(alpha)}
@@ -290,7 +293,7 @@ def draw_convergence(
             ax.sharex(axes[i - 1])
             ax.sharey(axes[i - 1])
         plot_curves(curves[curves.partition == partition], x, y, ax)
-        ax.xaxis.get_major_locator().set_params(integer=x == "round")
+        ax.xaxis.get_major_locator().set_params(integer=x == "round")  # type: ignore[call-arg]  # a MaxNLocator
         ax.yaxis.label.set_visible(i % len(partitions) == 0)
         if len(reference):
             level(ax, reference.groupby("seed")[y].last().mean())

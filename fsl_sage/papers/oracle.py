@@ -8,6 +8,7 @@ __all__ = ['TRACE_ALGORITHMS', 'fill_parameters', 'formula_data', 'fingerprint',
 
 # %% ../../nbs/64_papers.oracle.ipynb #308e0f42
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def fingerprints(
     return {name: fingerprint(tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 # %% ../../nbs/64_papers.oracle.ipynb #bf127e80
-TRACE_ALGORITHMS = {
+TRACE_ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "fed_avg": ("fed_avg", {"algorithm.share_server": True}),
     "fed_avg_true": ("fed_avg", {}),
     "sl_single_server": ("sl_single_server", {}),
@@ -295,7 +296,7 @@ def _trained(part: Part, first: int) -> dict[str, list[float]]:
 def evaluate_language(
     model: nn.Module,
     test: FixedData,
-    criterion: NextToken,
+    criterion: Callable[..., Tensor],  # (logits, labels) → loss
 ) -> dict[str, float]:
     "Mean of the batches' losses, their sum a sample, and the negative log-likelihood a token."
     batches = [(model(x), y) for x, y in test.batches(0, 0)]
@@ -321,7 +322,8 @@ def _show_language(state: State, spec: dict[str, Any]) -> dict[str, Any]:
 def _replay_language(spec: dict[str, Any], device: str | torch.device) -> list[dict[str, Any]]:
     "`replay` of a trace of the language branch."
     one_of("algorithm", spec["algorithm"], TRACE_ALGORITHMS)
-    experiment, ledger, trace, seen = spec_language(spec), Ledger(), [], []
+    experiment, ledger, trace = spec_language(spec), Ledger(), []
+    seen: list[dict[str, Any]] = []
     state, test = _start_language(spec, experiment, ledger, device), language_data(spec, spec["test_size"], 99, device)
 
     def told(i: int, buffer: AlignmentBuffer, cut_grad: Tensor) -> None:

@@ -29,11 +29,11 @@ from ..core import require
 COLOURS = (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
 )  # fmt: skip
-STYLES = {
+STYLES: dict[str, Mapping[str, Any]] = {
     "FedAvg (shared server)": {"color": COLOURS[4], "marker": "s", "linestyle": (0, (5, 3))},
     **{LABELS[name]: record.style for name, record in ALGORITHMS.items() if record.style},
 }  # label → Matplotlib's words; the records have them
-OTHERS = (
+OTHERS: tuple[Mapping[str, Any], ...] = (
     {"color": "#994d33", "marker": (3, 1, 0), "linestyle": (0, (3, 3))},
     {"color": "#4d33b3", "marker": (4, 1, 0), "linestyle": (0, (1, 3))},
     {"color": "#4d334d", "marker": (6, 1, 0), "linestyle": (0, (8, 2, 2, 2))},
@@ -70,7 +70,7 @@ STACK = {"color": ["#33334d", *(COLOURS[i] for i in (0, 9, 8))], "edgecolor": "b
 # %% ../../nbs/56_papers.plots.ipynb #ecff052b
 COLUMN = 3.25  # inches
 TEXT = 6.75  # inches
-LOOK = {
+LOOK: dict[str, Any] = {
     "font.sans-serif": ["Arial", "DejaVu Sans"], "font.size": 8.6, "axes.labelsize": 8.6, "axes.titlesize": 8.6,
     "legend.fontsize": 7.9, "legend.title_fontsize": 8.6, "xtick.labelsize": 7.9, "ytick.labelsize": 7.9,
     "lines.linewidth": 1.3, "lines.markersize": 4, "axes.linewidth": 1, "axes.axisbelow": True,
@@ -107,7 +107,7 @@ def panel_letters(
 
 # %% ../../nbs/56_papers.plots.ipynb #0fc7e2f7
 def interval(
-    values: Sequence[float],  # one a seed; NaN: none
+    values: Sequence[float] | np.ndarray,  # one a seed; NaN: none
 ) -> tuple[float, float]:  # mean; half the 95 % interval, NaN for fewer than two values
     "Mean and Student's interval over seeds."
     from scipy.special import stdtrit  # only here: most of the package needs no statistics
@@ -152,16 +152,17 @@ def points(
 ) -> None:
     "Draw means over seeds, with 95 % intervals where there are at least two seeds."
     order = slice(None, None, -1 if across else 1)
-    places, values = list(places), [np.asarray(list(group), float) for group in values]
-    stats = [interval(group) for group in values]
+    places, groups = list(places), [np.asarray(list(group), float) for group in values]
+    stats = [interval(group) for group in groups]
     ax.plot(*(places, [mean for mean, _ in stats])[order], **style)
     color = style.get("color", "black")
     bars = [(place, mean, half) for place, (mean, half) in zip(places, stats, strict=True) if half > 0]
     if bars:
         at, means, halves = map(list, zip(*bars, strict=True))
-        size = {"xerr" if across else "yerr": halves}
-        ax.errorbar(*(at, means)[order], **size, fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
-    for place, group in zip(places, values, strict=True):
+        x, y = (at, means)[order]
+        x_half, y_half = (None, halves)[order]
+        ax.errorbar(x, y, y_half, x_half, fmt="none", ecolor=color, elinewidth=1, capsize=2.5)
+    for place, group in zip(places, groups, strict=True):
         if scatter and len(group) > 1:
             dots = ([place] * len(group), group)[order]
             ax.plot(*dots, ".", color=color, markersize=3, alpha=0.5, zorder=1)
@@ -231,7 +232,7 @@ def _dress(ax: Axes, x: str, y: str) -> None:
 def style_of(
     label: str,  # of a method
     ax: Axes,  # of the figure in which it is shown
-) -> dict[str, Any]:  # color, marker, linestyle
+) -> Mapping[str, Any]:  # color, marker, linestyle
     "The look of a method, in all axes of a figure the same."
     if label in STYLES:
         return STYLES[label]
@@ -338,10 +339,10 @@ def mark_target(
         color, foot = style["color"], floor + (0.04 + 0.075 * i) * (top - floor)
         whole = count.split(" of ")[0] == count.split(" of ")[1]
         ax.plot([gb, gb], [foot, target], color=color, linewidth=0.8, linestyle=":")
-        inside = {"markerfacecolor": color if whole else "white", "markeredgecolor": "black" if whole else color}
-        ax.plot(gb, target, marker=style["marker"], color=color, zorder=5, **inside)
-        place = {"xytext": (2, 0), "textcoords": "offset points", "fontsize": "x-small", "va": "center"}
-        ax.annotate(f"{gb:.3g} GB" + ("" if whole else f" ({count})"), (gb, foot), color=color, **place)
+        face, edge = (color, "black") if whole else ("white", color)
+        ax.plot(gb, target, marker=style["marker"], color=color, zorder=5, markerfacecolor=face, markeredgecolor=edge)
+        words = f"{gb:.3g} GB" + ("" if whole else f" ({count})")
+        ax.annotate(words, (gb, foot), (2, 0), textcoords="offset points", fontsize="x-small", va="center", color=color)
     ax.set_ylim(floor, top)
 
 
@@ -352,8 +353,10 @@ def mark_budget(
 ) -> None:
     "A dotted line where the comparison's budget ends."
     ax.axvline(value, color="black", linewidth=0.8, linestyle=(0, (1, 2)))
-    place = {"xytext": (-2, -1), "textcoords": "offset points", "fontsize": "x-small", "rotation": 90}
-    ax.annotate(words, (value, 1), xycoords=("data", "axes fraction"), ha="right", va="top", **place)
+    ax.annotate(
+        words, (value, 1), (-2, -1), xycoords=("data", "axes fraction"), textcoords="offset points",
+        fontsize="x-small", rotation=90, ha="right", va="top",
+    )  # fmt: skip
 
 # %% ../../nbs/56_papers.plots.ipynb #5d1f7a23
 def box(
@@ -383,8 +386,10 @@ def arrow(
     size: float = 9,  # points, of the head
 ) -> None:
     "Draw an arrow that ends exactly where it is told."
-    look = {"arrowstyle": head, "mutation_scale": size, "linewidth": width, "shrinkA": 0, "shrinkB": 0}
-    ax.add_patch(FancyArrowPatch(start, end, color=color, linestyle=style, **look))
+    ax.add_patch(FancyArrowPatch(
+        start, end, color=color, linestyle=style, linewidth=width,
+        arrowstyle=head, mutation_scale=size, shrinkA=0, shrinkB=0,
+    ))  # fmt: skip
 
 
 def key_below(

@@ -282,5 +282,5 @@ def settings_tested(
         own = sglr_setting(SimpleNamespace(**parse_setting(row.setting))) if cell else (row.artefact, row.setting)
         words = found.setdefault((row.paper, row.metric, *own), set())
         words |= {row.verdict} if row.preset in AS_PUBLISHED and row.verdict != "not run" else set()
-    words = {place: next(iter(one)) if len(one) == 1 else "undecided" * bool(one) for place, one in found.items()}
-    return pd.Series(words.values(), index=[str(place) for place in words], dtype=str)
+    said = {place: next(iter(one)) if len(one) == 1 else "undecided" * bool(one) for place, one in found.items()}
+    return pd.Series(said.values(), index=[str(place) for place in said], dtype=str)

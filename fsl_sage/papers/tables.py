@@ -96,8 +96,8 @@ def draw_table(
         share = (numbers[row, column] - low) / ((high - low) or 1)
         red, green, blue, _ = palette(0.0 if np.isnan(share) else min(max(share, 0.0), 1.0))
         dark = np.isfinite(share) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-        look = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if dark else "black"}
-        ax.text(column + 0.5, row + 0.5, text, **look)
+        color = "white" if dark else "black"
+        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=color)
     ax.set_xticks(np.arange(texts.shape[1]) + 0.5, [str(name) for name in texts.columns])
     ax.set_yticks(np.arange(texts.shape[0]) + 0.5, [str(name) for name in texts.index])
     ax.set(xlim=(0, texts.shape[1]), ylim=(texts.shape[0], 0))

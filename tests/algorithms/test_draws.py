@@ -13,14 +13,13 @@ from fsl_sage.algorithms.baselines import FedAvgSettings, init_fed_avg
 from fsl_sage.config.experiment import PLUGGED
 from fsl_sage.config.presets import preset
 from fsl_sage.experiments import plugins
-from fsl_sage.experiments.loop import Run
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.setup import client_data, prepare
 from fsl_sage.experiments.stored import read_all
 from fsl_sage.experiments.train import train
 from fsl_sage.ledger import Ledger
 from fsl_sage.machines.parties import ask_clients
-from fsl_sage.machines.remote import rounds_here, rounds_of
+from fsl_sage.machines.remote import WireRun, rounds_here, rounds_of
 from fsl_sage.machines.wire import WireLedger
 from tests.support.asking import Clients, small
 from tests.support.runs import assert_same, stopped_after
@@ -153,4 +152,4 @@ def test_an_algorithm_that_draws_elsewhere_is_refused_between_machines():
     data = client_data(experiment, prepare(experiment, torch.device("cpu"))[0])
     state = init_fed_avg(experiment, data, Ledger())
     with pytest.raises(ValueError, match=r"'loose' draws from a global random stream.*draw from core\.generator"):
-        next(rounds_here(Run(state, ledger, rounds_of(experiment))))
+        next(rounds_here(WireRun(state, ledger, rounds_of(experiment))))
