@@ -15,7 +15,7 @@ _HOMES = {
     "networks.auxiliary": "auxiliary_for",
     "experiments.history": "History",
     "experiments.callbacks": "Callback",
-    "experiments.train": "train train_state",
+    "experiments.train": "train_state train",
     "experiments.stored": "tidy",
     "experiments.runs": "RunStore",
     "experiments.plugins": "algorithm auxiliary dataset network",

@@ -589,6 +589,9 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "Mend the plug-in's function": BY_HAND + "only its author knows what it should return",
     "Reinstall the package that it belongs to": BY_HAND + "the package's own files cannot be broken here",
     "What to do: put {}.npz": a_place_for_data,
+    "What to do: put model.safetensors (": "test_language.py::test_pretrained_weights_are_found_like_data_and_are_part_of_the_address",
+    "What to do: put one of these there": "test_text.py::test_byte_pairs_from_each_form_and_place",
+    "use dataset.vocabulary='gpt2'": BY_HAND + "GPT-2's ranks are no part of the package",
     "set dataset.image_size to resize all": "test_data.py::test_imagefolder_sizes",
     "set dataset.image_size to make all smaller": "test_data.py::test_imagefolder_sizes",
     "Number them anew, those of y_train first": labels_anew,
@@ -638,7 +641,14 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "draw them in the forward pass": draws_in_the_forward_pass,
     "build it of other layers": an_auxiliary_of_other_layers,
 }
-NO_ADVICE = ("run {}", "trained again to keep it", "take in runs that", "delete what cannot be used", "waiting for it")
+NO_ADVICE = (
+    "run {}",
+    "train/<class>/ and test/<class>/",
+    "trained again to keep it",
+    "take in runs that",
+    "delete what cannot be used",
+    "waiting for it",
+)
 
 
 @pytest.mark.parametrize("case", sorted({one.__name__ for one in CASES.values() if callable(one)}))
