@@ -141,7 +141,7 @@ def test_networks_and_data_must_fit():
             train(small("fed_avg", **changes), "cpu", progress=False)
 
 
-def test_pretrained_weights_are_found_like_data_and_are_part_of_the_address(tmp_path):
+def test_pretrained_weights_are_found_like_data(tmp_path):
     run = small("centralised", rounds=1, **{"model.pretrained": True})
     with pytest.raises(
         FileNotFoundError, match=r"weights of 'gpt2_tiny' not found; looked at .*model\.safetensors.*put"
