@@ -28,14 +28,17 @@ from typing import Any
 from joblib import delayed, parallel_config
 
 from ..algorithms.record import label
+from ..algorithms.state import reads_text
 from ..config.experiment import Experiment
 from ..core import atomic_path, one_of, require, user_path
+from ..experiments.callbacks import Callback
 from ..experiments.models import KeepModel
 from ..experiments.provenance import checkout
 from ..experiments.runs import RunStore
 from ..experiments.pool import default_jobs, side_by_side, train_missing
 from ..experiments.store import StoreError
 from ..papers.saving import PLACES
+from ..papers.written import Writes
 
 # %% ../../nbs/87_commands.figures.ipynb #bad19721
 def figure_notebooks(
@@ -301,7 +304,8 @@ def train_planned(
           f"{missing} to train", flush=True)  # fmt: skip
     try:
         models = [run for figure in figures for run in figure.models]
-        keep = [KeepModel(store.root, models)] if models else []
+        keep: list[Callback] = [KeepModel(store.root, models)] if models else []
+        keep += [Writes(root=root)] if any(map(reads_text, needed)) else []
         return train_missing(store.root, needed, parameters["device"], root, True, jobs, keep)
     except StoreError:
         raise

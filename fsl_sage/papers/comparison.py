@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'FROM_FED_AVG', 'SIZES', 'OWN_SIZES', 'TARGETS', 'LIMITS', 'BUDGETS', 'PUBLISHED_ROUNDS',
            'CENTRALISED_ROUNDS', 'AUXILIARY_SIZES', 'ABLATED_SIZES', 'INTERVALS', 'ABLATIONS', 'ALPHAS', 'WITHIN',
-           'SHARED_SIZES', 'SGLR_METHODS', 'SGLR_CLIENTS', 'CURVES', 'comparison_run', 'controls', 'comparison_runs',
-           'headline_run', 'headline_runs', 'as_fed_avg', 'ablation_run', 'auxiliary_size_run', 'ablation_controls',
-           'alpha_run', 'alpha_runs', 'alpha_of', 'shared_server_run', 'partition_name', 'comparison_table', 'outcomes',
-           'order', 'draw_convergence']
+           'SHARED_SIZES', 'LANGUAGE', 'SGLR_METHODS', 'SGLR_CLIENTS', 'CURVES', 'comparison_run', 'controls',
+           'comparison_runs', 'headline_run', 'headline_runs', 'as_fed_avg', 'ablation_run', 'auxiliary_size_run',
+           'ablation_controls', 'alpha_run', 'alpha_runs', 'alpha_of', 'shared_server_run', 'language_run',
+           'partition_name', 'comparison_table', 'outcomes', 'order', 'draw_convergence']
 
 # %% ../../nbs/62_papers.comparison.ipynb #5aeb269e
 import math
@@ -228,6 +228,38 @@ def shared_server_run(
     spread = {} if alpha is None else {"dataset.distribution": "noniid_dirichlet", "dataset.alpha": float(alpha)}
     return preset(size, algorithm, **SHARED_SIZES[one_of("preset", size, SHARED_SIZES)], **spread, **changes)
 
+# %% ../../nbs/62_papers.comparison.ipynb #1aec9d7a
+def _rates(**fields: object) -> dict[str, object]:  # by dotted name
+    "Fields of all three optimisers."
+    return {f"model.{part}.optimizer.{name}": value for part in ("client", "server", "auxiliary")
+            for name, value in fields.items()}  # fmt: skip
+
+
+_TINY = {
+    "dataset.name": "restaurants", "model.name": "gpt2_tiny", "num_clients": 3, "model.client.batch_size": 16,
+    "algorithm.server_update_interval": 2, "algorithm.align_interval": 1, "algorithm.align_epochs": 3,
+    "algorithm.align_batch_size": 64, "algorithm.max_dataset_size": 64, "model.auxiliary.start": "server",
+    **_rates(lr=3e-3, weight_decay=0.0), "model.auxiliary.optimizer.lr": 1e-3,
+}  # fmt: skip
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "smoke": _TINY | {
+        "dataset.max_train": 150, "dataset.max_test": 40, "model.width": 32, "model.blocks": 2, "rounds": 2,
+    },
+    "quick": _TINY | {
+        "dataset.max_train": 900, "dataset.max_test": 200, "model.width": 64, "model.blocks": 3, "rounds": 6,
+    },
+}  # fmt: skip
+
+
+def language_run(
+    size: str,  # smoke or quick
+    algorithm: str,  # one of METHODS, or centralised
+    **changes: object,  # fields by dotted name
+) -> Experiment:
+    "A run of the figure about language models. `ValueError` names a size or field that is unknown."
+    alone = {"num_clients": 1} if algorithm == "centralised" else {}
+    return preset(size, algorithm, **(LANGUAGE[one_of("preset", size, LANGUAGE)] | alone | changes))
+
 # %% ../../nbs/62_papers.comparison.ipynb #c0a1f014
 SGLR_METHODS = {"CL": "centralised", "FL": "fed_avg", "SGLR": "sglr", "SFL": "sfl", "PSL": "psl"}
 SGLR_CLIENTS = {"smoke": 3, "quick": 6, "paper": 6, "published": 6}
@@ -239,6 +271,7 @@ def partition_name(
     "How the data are spread over the clients, in words."
     dataset = experiment.dataset
     names = {"iid": "IID", "noniid": f"{dataset.shard_num} shards a client", "balanced": "balanced"}
+    names |= {"by_length": "by length", "by_key": "by key"}
     return names.get(dataset.distribution, f"Dirichlet α = {dataset.alpha:g}")
 
 

@@ -47,6 +47,8 @@ AXES = {
     "clock_seconds": "simulated seconds",
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
+    "test_perplexity": "perplexity", "bleu": "BLEU",  # of language models
+    "released_mebibytes": "as the released code counts [MiB]",
     "train_loss": "training loss",
     "iteration": "iteration",
     "gradient_norm": "norm of the loss's gradient",
@@ -204,7 +206,7 @@ def plot_paired(
     despine(ax)
 
 # %% ../../nbs/56_papers.plots.ipynb #794f7d2b
-ALONG = ("gigabytes", "mebibytes", "clock_seconds")  # grow with the round, for each seed in its own way
+ALONG = ("gigabytes", "mebibytes", "released_mebibytes", "clock_seconds")  # grow with the round, by seed
 
 
 def _curve(rows: pd.DataFrame, x: str, y: str, ax: Axes, shift: float, **style: Any) -> None:

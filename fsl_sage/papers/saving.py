@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from ..config.presets import annotated
 from ..core import atomic_path, peak_memory, require
+from ..networks.zoo import MODELS
 from .plots import new_figure, spread_words
 from .tables import save_table
 
@@ -41,7 +42,7 @@ def stamp(
 
 DATA_SETS = {
     "fmnist_mini": "Fashion-MNIST", "fmnist": "Fashion-MNIST", "mnist": "MNIST", "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
+    "cifar100": "CIFAR-100", "restaurants": "descriptions of restaurants", "e2e": "E2E",
 }  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def setting_words(
 ) -> str:  # for instance "Fashion-MNIST, 5 clients, ResNet-18 of width 16"
     "What a figure's runs have in common: data, clients, network."
     data, model = experiment.dataset, experiment.model
-    images = f", {data.max_train:,} images" if data.max_train else ""
+    noun = "texts" if MODELS[model.name].reads == "text" else "images"
+    images = f", {data.max_train:,} {noun}" if data.max_train else ""
     network = {"resnet18": "ResNet-18"}.get(model.name, model.name)
     width = "" if model.width == 64 else f" of width {model.width}"
     cut = f" cut after {model.cut}" if model.cut else ""
