@@ -31,7 +31,8 @@ from fsl_sage.experiments.provenance import about_here
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.setup import set_up
 from fsl_sage.experiments.store import StoreError, read_whole
-from fsl_sage.networks.cut import SplitModel, cut_layers, keep_modes
+from fsl_sage.networks.cut import SplitModel, cut_layers
+from fsl_sage.networks.modes import keep_modes
 from fsl_sage.networks.trial import try_parts
 from fsl_sage.papers.claims import parse_setting
 from fsl_sage.papers.plots import new_figure

@@ -56,7 +56,7 @@ def test_a_recorded_run_is_the_same_run(case):
 
 
 def test_parts_that_draw_are_done_as_they_stand():
-    from fsl_sage.algorithms.state import make_part
+    from fsl_sage.algorithms.optimisers import make_part
     from fsl_sage.networks.part import Draws
 
     config = tiny("fed_avg").model.client.optimizer
