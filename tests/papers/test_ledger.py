@@ -6,7 +6,17 @@ import pandas as pd
 import pytest
 
 from fsl_sage.papers.claims import published
-from fsl_sage.papers.standing import COUNTED, KEY, OWNERS, VERSUS, compare, gather, settings_tested, values_of
+from fsl_sage.papers.standing import (
+    COUNTED,
+    KEY,
+    OWNERS,
+    PUBLISHED,
+    VERSUS,
+    compare,
+    gather,
+    settings_tested,
+    values_of,
+)
 from tests.support import ROOT
 
 GALLERY = ROOT / "figures" / "gallery"
@@ -15,8 +25,10 @@ GALLERY = ROOT / "figures" / "gallery"
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
     copy = tmp_path_factory.mktemp("gallery")
-    for path in (*GALLERY.glob(f"*{VERSUS}"), *GALLERY.glob("*.json")):
-        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / PUBLISHED).mkdir()
+    for folder in ("", PUBLISHED):
+        for path in (*(GALLERY / folder).glob(f"*{VERSUS}"), *(GALLERY / folder).glob("*.json")):
+            (copy / folder / path.name).write_bytes(path.read_bytes())
     return gather(copy)
 
 

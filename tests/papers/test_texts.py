@@ -98,10 +98,11 @@ def test_texts_follow_a_gallery_made_on_another_machine(tmp_path):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    (tmp_path / "figures" / "gallery").mkdir()
-    for path in (ROOT / "figures" / "gallery").glob("*.*"):
+    (tmp_path / "figures" / "gallery" / "published").mkdir(parents=True)
+    gallery = ROOT / "figures" / "gallery"
+    for path in (*gallery.glob("*.*"), *gallery.glob("published/*.*")):
         if path.suffix in (".csv", ".json", ".md"):
-            (tmp_path / "figures" / "gallery" / path.name).write_bytes(path.read_bytes())
+            (tmp_path / path.relative_to(ROOT)).write_bytes(path.read_bytes())
     assert render_texts(tmp_path) == []
     summary = tmp_path / "figures" / "gallery" / "sage_accuracy_vs_communication_summary.csv"
     old = json.loads(summary.with_name("sage_accuracy_vs_communication.json").read_text("utf-8"))
