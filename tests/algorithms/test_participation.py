@@ -112,9 +112,9 @@ def test_who_comes_back_begins_with_the_newest_average(monkeypatch):
     def copy(i: int) -> dict:
         return {name: tensor.clone() for name, tensor in state.clients[i].model.state_dict().items()}
 
-    def note_first_step(client, server, x, y):
+    def note_first_step(client, *args):
         begun.setdefault(state.clients.index(client), copy(state.clients.index(client)))
-        return step(client, server, x, y)
+        return step(client, *args)
 
     def note_upload(*args, **groups):
         sent.update({i: copy(i) for i in state.present})

@@ -241,6 +241,6 @@ def test_evaluation_and_looking_do_not_change_a_run(monkeypatch):
     """The quality of the estimates is measured beside the run: without it the run is the same."""
     reference = train(preset("smoke"), "cpu", progress=False)
     nothing = torch.tensor(0.0), torch.tensor(0.0)
-    monkeypatch.setattr("fsl_sage.algorithms.sage.look_at_estimate", lambda *_: nothing)
+    monkeypatch.setattr("fsl_sage.algorithms.sage.look_at_estimate", lambda *_, **__: nothing)
     blind = train(preset("smoke"), "cpu", progress=False)
     assert reference.rounds.equals(blind.rounds) and not reference.alignments.equals(blind.alignments)

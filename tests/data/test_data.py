@@ -942,7 +942,8 @@ def test_balanced_is_exact(classes, each, m, draw, seed):
 def test_partitions_of_different_seeds_differ(distribution):
     labels = torch.arange(10).repeat(60)
     found = {tuple(torch.cat(partition(labels, 5, distribution, seed)).tolist()) for seed in range(20)}
-    assert len(found) == 20
+    # By length the shares are the same for all seeds; whose each is, is drawn: one of 5! orders.
+    assert len(found) == 20 or (distribution == "by_length" and len(found) > 10)
 
 
 def test_shards_hold_few_classes():
