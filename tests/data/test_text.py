@@ -170,6 +170,7 @@ def test_a_changed_file_of_text_is_noticed_though_its_digest_is_kept(tmp_path, m
     assert data_digest("own", tmp_path) != first
 
 
+@pytest.mark.slow
 def test_one_long_line_among_many_does_not_fill_memory(tmp_path):
     folder_of(tmp_path, train="a||b\n" * 300_000 + f"a||{'b ' * 600}\n")
     assert "times as many" in refusal(load, "own", tmp_path)
