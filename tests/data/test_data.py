@@ -938,12 +938,21 @@ def test_balanced_is_exact(classes, each, m, draw, seed):
     assert (most == each // m).all()
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", [name for name in DISTRIBUTIONS if name != "by_length"])
 def test_partitions_of_different_seeds_differ(distribution):
     labels = torch.arange(10).repeat(60)
     found = {tuple(torch.cat(partition(labels, 5, distribution, seed)).tolist()) for seed in range(20)}
-    # By length the shares are the same for all seeds; whose each is, is drawn: one of 5! orders.
-    assert len(found) == 20 or (distribution == "by_length" and len(found) > 10)
+    assert len(found) == 20
+
+
+def test_by_length_a_seed_draws_whose_share_is_whose():
+    """The shares themselves are the same: the shortest fifth, the next one, and so on."""
+    lengths = torch.arange(10).repeat(60)
+    dealt = [[tuple(part.tolist()) for part in partition(lengths, 5, "by_length", seed)] for seed in range(20)]
+    assert len({frozenset(parts) for parts in dealt}) == 1
+    held = sorted(lengths[list(part)].unique().tolist() for part in dealt[0])
+    assert held == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert len({tuple(parts) for parts in dealt}) > 1
 
 
 def test_shards_hold_few_classes():
