@@ -184,6 +184,8 @@ def _arrive(tree: dict[str, Any], sources: list[Source]) -> Experiment:
 
 
 def _travel(experiment: Experiment) -> tuple[Callable[..., Experiment], tuple[Any, ...], dict[str, Any]]:
+    from fsl_sage.experiments.plugin_files import _arrive  # the module's: in a notebook all this is defined once more
+
     sources = [FILES[tag] for tag in experiment.plugins if tag in FILES]
     return _arrive, (experiment.to_dict(), sources), {"_given": vars(experiment)["_given"]}
 

@@ -41,6 +41,16 @@ class WorkerError(RuntimeError):
     "A process that did some work was ended from outside."
 
 
+def _reason(error: BrokenProcessPool) -> str:
+    "Why a process ended before it had a result."
+    if error.__cause__ is not None:  # the traceback of the process, as a text
+        lines = str(error.__cause__).strip(' "\n').splitlines()
+        return f"{str(error).split('.')[0]}: {lines[-1] if lines else error.__cause__!r}"
+    codes = re.search(r"\{(.*)\}", str(error))
+    said = codes[1] if codes else str(error).splitlines()[0]
+    return f"its process was ended from outside ({said}): often for want of memory; fewer jobs need less"
+
+
 Call = tuple[Callable[..., Any], tuple, dict]  # function, arguments, named arguments: what joblib's `delayed` gives
 
 
@@ -58,10 +68,7 @@ def apart(
         try:
             return pool.submit(function, *args, **named).result()
         except BrokenProcessPool as error:
-            codes = re.search(r"\{(.*)\}", str(error))
-            said = codes[1] if codes else str(error).splitlines()[0]
-            hint = "often for want of memory; fewer jobs need less"
-            why = WorkerError(f"its process was ended from outside ({said}): {hint}")
+            why = WorkerError(_reason(error))
             if lost is None:
                 raise why from error
             return lost(call, why)

@@ -946,6 +946,23 @@ def test_one_worker_killed_costs_only_its_run(tmp_path):
     assert [RunStore(tmp_path).find(run) is not None for run in sweep] == [True, False, True, True]
 
 
+def cannot_arrive():
+    raise LookupError("no such thing on this side")
+
+
+class Unreadable(Callback):
+    def __reduce__(self):
+        return cannot_arrive, ()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a process was ended from outside")
+def test_what_a_worker_cannot_read_is_said(tmp_path):
+    sweep = [preset("smoke", "fed_avg", **TINY, seed=seed) for seed in range(2)]
+    with pytest.raises(WorkerError, match="failed to un-serialize: LookupError: no such thing on this side"):
+        RunStore(tmp_path).get(sweep, "cpu", progress=False, jobs=2, callbacks=[Unreadable()])
+
+
 @posix
 @pytest.mark.slow
 def test_one_worker_killed_in_a_sweep_is_in_the_table(tmp_path, monkeypatch):
