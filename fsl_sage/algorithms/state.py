@@ -26,7 +26,8 @@ from ..core import generator, random_stream, require, tensor_bytes
 from ..ledger import Beside
 from ..networks.auxiliary import FIRST_LAYERS, auxiliary_for, auxiliary_model
 from ..networks.cut import SplitModel
-from ..networks.gpt2 import Adapter, blocks_of, decoder_auxiliary, released_bytes, usual_blocks
+from ..networks.decoders import decoder_auxiliary, positions_of, usual_blocks
+from ..networks.gpt2 import DECODERS, Adapter, blocks_of, released_bytes
 from ..networks.layout import fast_layout
 from ..networks.part import LOSSES, Draws, NextToken, Part
 from ..networks.trial import Trial, try_parts
@@ -186,6 +187,12 @@ def _side_by_side(state: State, rnd: int) -> Iterator[tuple[int, list[tuple[int,
         yield s, [(i, *batch[1:]) for i, batch in zip(state.present, batches, strict=True) if batch is not None]
 
 # %% ../../nbs/28_algorithms.state.ipynb #aeba397f
+def _drops(layer: nn.Module) -> bool:
+    "Whether the layer leaves numbers out at random in training."
+    rates = [value for name, value in vars(layer).items() if name == "p" or name.endswith(("dropout", "dropout_p"))]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
 def _fresh_decoder(
     experiment: Experiment, data: Sequence[LocalData], auxiliary: bool, device: torch.device
 ) -> tuple[SplitModel, nn.Module | None, Trial]:
@@ -201,11 +208,11 @@ def _fresh_decoder(
             aux = auxiliary_model(model.name, split, own.size)
         elif auxiliary:
             aux = decoder_auxiliary(split.server, usual_blocks(model.name, split.server, own.blocks), own.start)
-    positions = len(split.client.get_parameter("embed.wpe.weight"))
+    positions = positions_of(split.client)
     fine = f"at least {length} for these texts, or dataset.seq_len at most {positions}"
-    require(length <= positions, "model.context", positions, fine)
+    require(positions is None or length <= positions, "model.context", positions, fine)
     parts = {"client": split.client, "server": split.server, "aux": aux or nn.Identity()}
-    drawing = [kind for kind, part in parts.items() if any(getattr(m, "p", 0) > 0 for m in part.modules())]
+    drawing = [kind for kind, part in parts.items() if any(map(_drops, part.modules()))]
     return split, aux, Trial(frozenset(drawing))
 
 # %% ../../nbs/28_algorithms.state.ipynb #46ee7aad
@@ -351,8 +358,8 @@ def uncounted(
     state: State,
     context: int | None = None,  # positions of the causal masks; None: those that the client knows
 ) -> dict[str, Beside]:  # for `Ledger.beside`
-    "What the convention `released` adds to each kind of transfer; nothing on images."
-    if not reads_text(state.experiment):
+    "What the convention `released` adds to each kind of transfer: for GPT-2, which the released code has."
+    if state.experiment.model.name not in DECODERS:
         return {}
     parts = {"client_model": state.clients[0], "server_model": state.servers[0]}
     parts |= {"aux_model": state.auxes[0]} if len(state.auxes) else {}

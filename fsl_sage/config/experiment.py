@@ -153,6 +153,7 @@ def _settle_parts(experiment: Experiment) -> None:
     _settle_text(experiment)
     experiment.algorithm.follow(experiment)
     parts = [("dataset", experiment.dataset.name), ("model", model.name), ("algorithm", name)]
+    parts.append(("vocabulary", experiment.dataset.vocabulary))
     parts.append(("auxiliary", f"{model.name}/{model.auxiliary.size}"))
     object.__setattr__(experiment, "plugins", tuple(sorted({PLUGGED[part] for part in parts if part in PLUGGED})))
 

@@ -16,7 +16,7 @@ from ..data.partition import DISTRIBUTIONS
 from ..data.text import LENGTH, OBJECTIVES
 from ..data.vocabulary import VOCABULARIES
 from ..networks.auxiliary import AUXILIARIES, FIRST_LAYERS
-from ..networks.gpt2 import STARTS
+from ..networks.gpt2 import DECODERS, STARTS
 from ..networks.zoo import MODELS
 
 # %% ../../nbs/23_config.parts.ipynb #87380fb5
@@ -198,6 +198,8 @@ class ModelConfig:
         if MODELS[self.name].reads != "text":
             forget(self, "adapter", "blocks", "heads", "context", "pretrained")
             object.__setattr__(self, "auxiliary", replace(self.auxiliary, blocks=None, start="random"))
+        fine = f"False: the function that builds {self.name!r} loads its weights"
+        require(not self.pretrained or self.name in DECODERS, "model.pretrained", True, fine)
         if self.cut == MODELS[self.name].cut_layer:
             object.__setattr__(self, "cut", None)  # one description
         if self.name in AUXILIARIES:

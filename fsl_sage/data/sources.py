@@ -382,6 +382,9 @@ def load(
     if isinstance(arrays, Texts):
         words = vocabulary_of(vocabulary, (f"{pair.context} {pair.completion}" for pair in arrays.train), folder)
         made = as_tokens(arrays, words, seq_len, objective, {"train": max_train, "test": max_test}, seed)
+        highest = max(int(tokens.max()) for part in made for tokens in (part.x, part.y))
+        fine = f"one whose tokens are from 0 to {words.size - 1}; it gives {highest}"
+        require(highest < words.size, "dataset.vocabulary", vocabulary, fine)
         train, test = (part.to(device) for part in made)
         return TextDataset(name, train, test, words.size, (), (), arrays.digest, words, arrays)
     known = KNOWN.get(name, Known())

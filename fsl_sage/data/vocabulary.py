@@ -227,5 +227,9 @@ def vocabulary_of(
     texts: Iterable[str],  # of the training set
     root: Path,  # the data root
 ) -> Vocabulary:
-    "The vocabulary called `name`."
-    return VOCABULARIES[one_of("dataset.vocabulary", name, VOCABULARIES)](texts, root)
+    "The vocabulary called `name`. `ValueError` if a plug-in has made something else."
+    found = VOCABULARIES[one_of("dataset.vocabulary", name, VOCABULARIES)](texts, root)
+    missing = [part for part in ("size", "end", "encode", "decode") if not hasattr(found, part)]
+    require(not missing, "dataset.vocabulary", name, f"a vocabulary with size, end, encode and decode (no {missing})")
+    require(0 <= found.end < found.size, f"end of vocabulary {name!r}", found.end, f"from 0 to {found.size - 1}")
+    return found

@@ -144,7 +144,8 @@ def _note(path: Any) -> None:
     try:
         with suppress(OSError, ValueError, TypeError):
             file = Path(os.fsdecode(path)).resolve()
-            if file.is_file() and file.suffix not in (".py", ".pyc", ".so") and file.parts[1:2] != ("proc",):
+            code = file.suffix in (".py", ".pyc", ".so") or file.parent.suffix in (".dist-info", ".egg-info")
+            if file.is_file() and not code and file.parts[1:2] != ("proc",):
                 for key in _BUILT or [(tag,)]:
                     _READ.setdefault(key, {})[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
     finally:

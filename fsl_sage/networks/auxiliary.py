@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIRST_LAYERS', 'RESNET_SIZES', 'IMAGENET_RESNETS', 'HE_CIFAR_RESNETS', 'AUXILIARIES', 'PLAIN', 'PASSES_BETWEEN_LOOKS',
-           'auxiliary_model', 'estimate_cut_grad', 'true_cut_grad', 'auxiliary_for', 'estimate_error', 'joined',
-           'AlignmentBuffer', 'RingBuffer', 'alignment_pass', 'align', 'gradient_by_batches', 'look_at_estimate']
+           'usual_auxiliary', 'auxiliary_model', 'estimate_cut_grad', 'true_cut_grad', 'auxiliary_for',
+           'estimate_error', 'joined', 'AlignmentBuffer', 'RingBuffer', 'alignment_pass', 'align',
+           'gradient_by_batches', 'look_at_estimate']
 
 # %% ../../nbs/20_networks.auxiliary.ipynb #27c0c761
 import math
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import one_of, require, tensor_bytes
-from .gpt2 import DECODERS, decoder_auxiliary, usual_blocks
+from .decoders import decoder_auxiliary, usual_blocks
+from .gpt2 import DECODERS
 from .recording import recorded
 from .zoo import Padding, head, init_fan_in, init_weights, projection, stage
 from .part import Part
@@ -52,7 +54,11 @@ def _resnet_auxiliary(split: SplitModel, size: str, shortcut=projection, init=in
     return init(nn.Sequential(OrderedDict(layers)))
 
 
-def _decoder_auxiliary(name: str, split: SplitModel, size: str) -> nn.Module:
+def usual_auxiliary(
+    name: str,  # of a decoder
+    split: SplitModel,  # it, cut
+    size: str,
+) -> nn.Module:
     "Random blocks, as many as are usual."
     return decoder_auxiliary(split.server, usual_blocks(name, split.server))
 
@@ -72,7 +78,7 @@ AUXILIARIES: dict[str, tuple[Callable[[SplitModel, str], nn.Module], tuple[str, 
     **dict.fromkeys(IMAGENET_RESNETS, (_resnet_auxiliary, RESNET_SIZES)),
     **dict.fromkeys(HE_CIFAR_RESNETS, (partial(_resnet_auxiliary, shortcut=Padding, init=init_fan_in), RESNET_SIZES)),
     "simple_conv": (_simple_conv_auxiliary, ("default",)),
-    **{name: (partial(_decoder_auxiliary, name), ("default",)) for name in DECODERS},
+    **{name: (partial(usual_auxiliary, name), ("default",)) for name in DECODERS},
 }  # network: how to build its auxiliary model, the sizes there are
 
 

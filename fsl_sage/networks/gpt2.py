@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['DECODERS', 'STARTS', 'Embed', 'Affine', 'Adapter', 'QueryKeyValue', 'Attention', 'Mlp', 'Block', 'init_gpt2',
            'only_adapters', 'gpt2', 'tie', 'hugging_face_name', 'load_hugging_face', 'weights_in', 'weight_places',
-           'find_weights', 'Decoder', 'usual_blocks', 'decoder_auxiliary', 'blocks_of', 'leave_out_blocks',
-           'released_bytes']
+           'find_weights', 'Decoder', 'decoder_auxiliary', 'blocks_of', 'leave_out_blocks', 'released_bytes']
 
 # %% ../../nbs/17_networks.gpt2.ipynb #1c68a7b2
 import math
@@ -329,16 +328,6 @@ DECODERS = {
 
 # %% ../../nbs/17_networks.gpt2.ipynb #809dc520
 STARTS = ("random", "server")
-
-
-def usual_blocks(
-    name: str,  # one of DECODERS
-    server: nn.Module,  # its half
-    asked: int | None = None,  # what the configuration says
-) -> int:
-    "Blocks of a decoder's auxiliary model: those asked for, else as usual, but no more than the server has."
-    there = len([layer for layer in server.modules() if isinstance(layer, Block)])
-    return min(there, DECODERS[name].auxiliary_blocks) if asked is None else asked
 
 
 def decoder_auxiliary(

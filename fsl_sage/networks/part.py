@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import generator, random_stream
+from ..core import generator, random_stream, require
 from .recording import Recorder, recorded
 
 # %% ../../nbs/16_networks.part.ipynb #9078a64c
@@ -134,7 +134,9 @@ class Part:
         self,
         state: dict[str, Tensor],  # of a part of the same form, as `exchanged` gives it
     ) -> None:
-        "Take over another part's numbers."
+        "Take over another part's numbers. `ValueError` names a tensor that is missing, or not the part's."
+        wrong = sorted(state.keys() ^ self.exchanged().keys())
+        require(not wrong, "tensors", ", ".join(wrong[:3]), "those of a part of the same form, and all of them")
         self.model.load_state_dict(state, strict=not self.fixed)
 
     @property

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..core import generator, one_of, require
-from .cut import SplitModel, blamed, cut_layers, located
+from .cut import SplitModel, blamed, cut_layers, evaluated, located
 from .modes import keep_modes
+from .decoders import add_adapters, has_adapters, is_hugging_face, split_causal_lm
 from .gpt2 import DECODERS, Adapter, find_weights, gpt2, load_hugging_face
 
 # %% ../../nbs/19_networks.zoo.ipynb #29d90eb9
@@ -323,8 +324,26 @@ def split_model(
     return _tried(name, whole, at, in_channels, sides)
 
 
+# %% ../../nbs/19_networks.zoo.ipynb #b596d099
+def _split_own(name: str, whole: nn.Module, at: str, vocabulary: int, adapter: Adapter | None) -> SplitModel:
+    "A decoder of a plug-in, cut. `ValueError` if a few tokens show that it cannot be used."
+    require(isinstance(whole, nn.Module), "model.name", name, f"built as a torch.nn.Module, not {type(whole).__name__}")
+    if is_hugging_face(whole):
+        if adapter and not has_adapters(whole):
+            add_adapters(whole, adapter)
+        split = split_causal_lm(whole, at)
+    else:
+        fine = f"None: {name!r} is none of transformers' models; freeze and adapt it in the function that builds it"
+        require(adapter is None, "model.adapter", "given", fine)
+        split = SplitModel.cut(keep_modes(whole), at, torch.zeros(2, 4, dtype=torch.long))
+    shape = tuple(evaluated(split, torch.zeros(2, 4, dtype=torch.long), "model.name").shape)
+    fine = f"a network from tokens (2, 4) to logits (2, 4, {vocabulary} or more); it gives {shape}"
+    require(len(shape) == 3 and shape[:2] == (2, 4) and shape[2] >= vocabulary, "model.name", name, fine)
+    return split
+
+# %% ../../nbs/19_networks.zoo.ipynb #af09e2c4
 def split_decoder(
-    name: str,  # one of DECODERS
+    name: str,  # one of DECODERS, or a plug-in's
     vocabulary: int,  # V
     width: int = 64,  # ≥ 1; 64: as published, others in proportion
     cut: str | None = None,  # the client's last layer: embed, h0, h1, …; None: the usual one
@@ -341,11 +360,15 @@ def split_decoder(
     >>> [name for name, _ in split.server.named_children()]
     ['h2', 'h3', 'ln_f', 'head']
     """
-    sizes = DECODERS[one_of("model.name", name, DECODERS)]
+    network = MODELS[one_of("model.name", name, [name for name, one in MODELS.items() if one.reads == "text"])]
+    if name not in DECODERS:
+        whole = network.build(vocabulary, width, blocks, heads, context)
+        return _split_own(name, whole, cut or network.cut_layer, vocabulary, adapter)
+    sizes = DECODERS[name]
     wide, blocks = max(1, sizes.width * width // 64), blocks or sizes.blocks
     whole = gpt2(vocabulary, context or sizes.context, wide, heads or sizes.heads, blocks, adapter)
     if pretrained:
         path = find_weights(name)
         load_hugging_face(whole, load_file(path), str(path))
     layers = ["embed", *(f"h{j}" for j in range(blocks))]
-    return SplitModel.cut(whole, one_of("model.cut", cut or MODELS[name].cut_layer, layers))
+    return SplitModel.cut(whole, one_of("model.cut", cut or network.cut_layer, layers))

@@ -136,7 +136,13 @@ def an_extra(tmp_path):
     """Each extra that a message names is there, and brings the module that was missed."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
-    for extra, module in {"tensorboard": "tensorboard", "wandb": "wandb", "distributed": "flwr", "ray": "ray"}.items():
+    for extra, module in {
+        "tensorboard": "tensorboard",
+        "wandb": "wandb",
+        "distributed": "flwr",
+        "ray": "ray",
+        "text": "peft",
+    }.items():
         assert module in settings["DEFAULT"][f"{extra}_requirements"]
 
 
@@ -591,6 +597,8 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "Reinstall the package that it belongs to": BY_HAND + "the package's own files cannot be broken here",
     "What to do: put {}.npz": a_place_for_data,
     "What to do: put model.safetensors (": "test_language.py::test_pretrained_weights_are_found_like_data",
+    "add adapters where the model is built": "test_decoders.py::test_adapters_of_ones_own_choice",
+    "freeze and adapt it in the function that builds it": "test_decoders.py::test_a_network_is_frozen_by_hand",
     "What to do: put one of these there": "test_text.py::test_byte_pairs_from_each_form_and_place",
     "use dataset.vocabulary='gpt2'": BY_HAND + "GPT-2's ranks are no part of the package",
     "set dataset.image_size to resize all": "test_data.py::test_imagefolder_sizes",
