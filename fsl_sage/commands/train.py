@@ -92,8 +92,9 @@ def launch(
     "Run the jobs by Hydra's launcher. `ValueError` if Hydra cannot do with its words."
     from concurrent.futures.process import BrokenProcessPool
 
-    import hydra
+    from hydra import initialize
     from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -108,24 +109,22 @@ def launch(
     def one_job(config: Any) -> None:  # travels with the sources to whatever process
         hydra_job(config, sources)
 
-    before, full, broken = sys.argv, os.environ.get("HYDRA_FULL_ERROR"), False
+    broken = False
     with tempfile.TemporaryDirectory(prefix="fsl-sage-") as folder:
         own = [f"hydra.run.dir={quoted(folder)}", f"hydra.sweep.dir={quoted(folder)}", "hydra.output_subdir=null",
                "hydra/job_logging=none", "hydra/hydra_logging=none", f"job=range(0,{len(jobs)})"]  # fmt: skip
         if not any(word.startswith(("hydra/launcher", "hydra.launcher.n_jobs")) for word in hydra_words):
             own.append(f"hydra.launcher.n_jobs={default_jobs(jobs[0].options.device)}")
-        sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["fsl-sage", "--multirun", *own, *hydra_words], "1"  # it raises
         try:
-            hydra.main(version_base="1.3", config_path=None, config_name="fsl_sage")(one_job)()
+            with initialize(config_path=None, job_name="fsl-sage", version_base="1.3"):
+                words = [*own, *hydra_words, "hydra.mode=MULTIRUN"]
+                GlobalHydra.instance().hydra.multirun("fsl_sage", one_job, words)
         except (HydraException, OmegaConfBaseException, ValueError, TypeError, LookupError) as error:
             why = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise ValueError(f"{' '.join(hydra_words)}: {why}") from error
         except BrokenProcessPool:
             print("a process was ended from outside: each run that is left gets its own", file=sys.stderr)
             broken = True
-        finally:
-            sys.argv = before
-            os.environ.pop("HYDRA_FULL_ERROR") if full is None else os.environ.update(HYDRA_FULL_ERROR=full)
         failed = {path.stem: path.read_text("utf-8") for path in Path(folder).glob("*.failed")}
     left = [job for job in jobs if job.experiment.hash not in failed]
     return failed | run_rest(left, hydra_words) if broken else failed

@@ -1,5 +1,6 @@
 """`fsl-sage`: the authors' words, one store with the notebooks, sweeps in processes, and what a user may get wrong."""
 
+import importlib
 import logging
 import os
 import re
@@ -237,6 +238,18 @@ def test_sweeps_through_the_launcher_keep_their_text(store, tmp_path, capsys):
     assert main([*words, "dataset=1_000,fmnist_mini", "hydra.launcher.n_jobs=1"]) == 0, capsys.readouterr().err
     for name in ("1_000", "fmnist_mini"):
         assert store.find(experiment.replace(**{"dataset.name": name})) is not None
+
+
+def test_a_sweep_leaves_hydras_own_command_line_alone(store, capsys, monkeypatch):
+    """Python 3.14's argparse refuses a help text of its parser."""
+
+    def refused():
+        raise ValueError("badly formed help string")
+
+    monkeypatch.setattr(importlib.import_module("hydra.main"), "get_args_parser", refused)
+    words = ["-m", *SMALL, "algorithm=fed_avg", "seed=1,2", "hydra.launcher.n_jobs=1", "hydra.mode=RUN"]
+    assert main(words) == 0, capsys.readouterr().err
+    assert all(store.find(preset("smoke", "fed_avg", rounds=1, seed=seed)) for seed in (1, 2))
 
 
 WORDS = ("commands.train", "--help"), ("commands.train", "--cfg", "preset=smoke"), ("commands.runs", "list")
