@@ -308,3 +308,7 @@ def main(
     except KeyboardInterrupt:
         print("\ninterrupted; nothing is left running", file=sys.stderr)
         return 130
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -240,3 +240,7 @@ def main(
     except KeyboardInterrupt:
         print("\ninterrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
         return 130
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

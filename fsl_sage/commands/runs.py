@@ -347,3 +347,7 @@ def main(
     except (ValueError, OSError) as error:
         parser.error(printable(error))
     return 0
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -6,6 +6,7 @@
 __all__ = ['RankMail', 'train_on_ranks']
 
 # %% ../../nbs/78_machines.ranks.ipynb #c8a3fc02
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -75,3 +76,7 @@ def train_on_ranks(
         return attend(join(experiment, ledger, own), ledger)
     bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment))
     return serve(join(experiment, ledger), ledger, bench, line if progress else lambda row: None)
+
+# %% ../../nbs/78_machines.ranks.ipynb #e81b34f6
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit("fsl_sage.machines.ranks is no command; see python -m fsl_sage.commands.ranks --help")

@@ -240,6 +240,31 @@ def test_sweeps_through_the_launcher_keep_their_text(store, tmp_path, capsys):
         assert store.find(experiment.replace(**{"dataset.name": name})) is not None
 
 
+COMMANDS = "train", "runs", "reproduce", "federate", "ranks"
+
+
+def test_all_commands_are_named():
+    """Each module of the area that has a `main`."""
+    modules = [path.stem for path in (ROOT / "fsl_sage" / "commands").glob("*.py")]
+    has_main = [name for name in modules if hasattr(importlib.import_module(f"fsl_sage.commands.{name}"), "main")]
+    assert sorted(has_main) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_a_module_that_runs(tmp_path, name):
+    """`python -m` of it says how it is used, and how it is not."""
+    module = f"fsl_sage.commands.{name}"
+    asked = in_a_process(["-m", module, "--help"], tmp_path)
+    assert (asked.returncode, asked.stderr) == (0, "") and "usage" in asked.stdout.lower()
+    wrong = in_a_process(["-m", module, "--no-such-option"], tmp_path)
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_module_that_a_command_is_named_after_says_so(tmp_path):
+    done = in_a_process(["-m", "fsl_sage.machines.ranks"], tmp_path)
+    assert done.returncode == 1 and "-m fsl_sage.commands.ranks" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_sweep_leaves_hydras_own_command_line_alone(store, capsys, monkeypatch):
     """Python 3.14's argparse refuses a help text of its parser."""
 

@@ -649,6 +649,7 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "cut where one tensor of floating-point numbers comes out": numbers_at_the_cut,
     "draw them in the forward pass": draws_in_the_forward_pass,
     "build it of other layers": an_auxiliary_of_other_layers,
+    "see python -m fsl_sage.commands.ranks --help": "test_cli.py::test_each_command_is_a_module_that_runs",
 }
 NO_ADVICE = (
     "run {}",
