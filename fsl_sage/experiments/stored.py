@@ -173,8 +173,10 @@ class StoredRuns:
 
         `ValueError` if they were trained on different data of one name."""
         runs = list(dict.fromkeys(experiments))
-        made, data = [self.made_with(run) for run in runs], [run.dataset for run in runs]
-        names = [one.name + (f" at {one.image_size} pixels" if one.image_size else "") for one in data]
+        made, names = [self.made_with(run) for run in runs], []
+        for run in runs:
+            sides = f" at {run.dataset.image_size} pixels" if run.dataset.image_size else ""
+            names.append(run.dataset.name + sides + (f", {run.model.name} pretrained" if run.model.pretrained else ""))
         return _about(made, [run.seed for run in runs], [run.hash for run in runs], names)
 
     def frame(self) -> pd.DataFrame:  # columns of `tidy`, then all fields of the experiments by their dotted names
