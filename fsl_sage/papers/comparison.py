@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['METHODS', 'FROM_FED_AVG', 'SIZES', 'OWN_SIZES', 'TARGETS', 'LIMITS', 'BUDGETS', 'PUBLISHED_ROUNDS',
            'CENTRALISED_ROUNDS', 'AUXILIARY_SIZES', 'ABLATED_SIZES', 'INTERVALS', 'ABLATIONS', 'ALPHAS', 'WITHIN',
-           'SHARED_SIZES', 'LANGUAGE', 'SGLR_METHODS', 'SGLR_CLIENTS', 'CURVES', 'comparison_run', 'controls',
-           'comparison_runs', 'headline_run', 'headline_runs', 'as_fed_avg', 'ablation_run', 'auxiliary_size_run',
-           'ablation_controls', 'alpha_run', 'alpha_runs', 'alpha_of', 'shared_server_run', 'language_run',
-           'partition_name', 'comparison_table', 'outcomes', 'order', 'draw_convergence']
+           'SHARED_SIZES', 'LANGUAGE', 'ADAPTED', 'BASE', 'RANKS', 'DEPTHS', 'SGLR_METHODS', 'SGLR_CLIENTS', 'CURVES',
+           'comparison_run', 'controls', 'comparison_runs', 'headline_run', 'headline_runs', 'as_fed_avg',
+           'ablation_run', 'auxiliary_size_run', 'ablation_controls', 'alpha_run', 'alpha_runs', 'alpha_of',
+           'shared_server_run', 'language_run', 'language_base', 'adapted_run', 'partition_name', 'comparison_table',
+           'outcomes', 'order', 'draw_convergence']
 
 # %% ../../nbs/64_papers.comparison.ipynb #5aeb269e
 import math
@@ -248,17 +249,63 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "quick": _TINY | {
         "dataset.max_train": 900, "dataset.max_test": 200, "model.width": 64, "model.blocks": 3, "rounds": 6,
     },
+    "paper": {
+        "dataset.name": "e2e", "dataset.vocabulary": "gpt2", "model.name": "gpt2_medium", "model.pretrained": True,
+        "model.adapter": {"rank": 4, "alpha": 32.0, "dropout": 0.1}, "num_clients": 10, "model.client.batch_size": 8,
+        "rounds": 200, "comm_threshold_mb": 204800.0, "algorithm.label_smooth": 0.1,
+        "algorithm.align_epochs": 40, "algorithm.align_batch_size": 8, "algorithm.max_dataset_size": 64,
+        **_rates(name="adamw_released", lr=2e-4, weight_decay=0.01, eps=1e-6,
+                 scheduler={"name": "warmup_linear", "warmup_steps": 500}),
+    },
 }  # fmt: skip
 
 
 def language_run(
-    size: str,  # smoke or quick
+    size: str,  # smoke, quick or paper
     algorithm: str,  # one of METHODS, or centralised
     **changes: object,  # fields by dotted name
 ) -> Experiment:
     "A run of the figure about language models. `ValueError` names a size or field that is unknown."
-    alone = {"num_clients": 1} if algorithm == "centralised" else {}
+    alone = {"num_clients": 1, "comm_threshold_mb": None} if algorithm == "centralised" else {}
     return preset(size, algorithm, **(LANGUAGE[one_of("preset", size, LANGUAGE)] | alone | changes))
+
+# %% ../../nbs/64_papers.comparison.ipynb #5b1d0a12
+_SHORT = {
+    "model.blocks": 4, "dataset.max_train": 240, "dataset.max_test": 60, "rounds": 4,
+    "algorithm.align_interval": 2, "algorithm.align_epochs": 2, "algorithm.align_batch_size": 32,
+    "algorithm.max_dataset_size": 32,
+}  # fmt: skip
+ADAPTED: dict[str, dict[str, Any]] = {
+    "smoke": _SHORT | {"dataset.max_train": 60, "dataset.max_test": 20, "rounds": 2}, "quick": _SHORT, "paper": {},
+}  # fmt: skip
+BASE: dict[str, dict[str, Any]] = {
+    "smoke": ADAPTED["smoke"], "quick": _SHORT | {"dataset.max_train": 600, "rounds": 2},
+}  # fmt: skip
+RANKS = {"smoke": (1, 4), "quick": (1, 2, 4, 8), "paper": (1, 2, 4, 8)}
+DEPTHS = {"smoke": ("h0", "h1", "h2"), "quick": ("h0", "h1", "h2"), "paper": ("h0", "h5", "h11")}
+
+
+def language_base(
+    size: str,  # smoke, quick or paper
+) -> Experiment | None:  # None: pretrained weights are found like data
+    "The run that trains the base of `adapted_run`: one, of the usual seed, for all."
+    return None if size == "paper" else language_run(size, "centralised", **BASE[size])
+
+
+def adapted_run(
+    size: str,  # smoke, quick or paper
+    rank: int | None = 4,  # of the adapters; None: all is trained
+    cut: str = "h0",  # the client's last block
+    pretrained: bool = True,  # whether it begins with the base; else at random
+    **changes: object,  # fields by dotted name
+) -> Experiment:
+    "A run of FSL-SAGE in the figure about adapters, evaluated at its end. `ValueError` for an unknown size or field."
+    own = ADAPTED[one_of("preset", size, ADAPTED)]
+    fast = _rates(lr=1e-2) if rank and size != "paper" else {}
+    adapter = {"rank": rank, "alpha": 32.0, "dropout": 0.1 if size == "paper" else 0.0} if rank else None
+    wanted = {"model.adapter": adapter, "model.cut": cut, "model.pretrained": pretrained}
+    run = language_run(size, "fsl_sage", **(own | fast | wanted | changes))
+    return run.replace(eval_every=run.rounds)
 
 # %% ../../nbs/64_papers.comparison.ipynb #c0a1f014
 SGLR_METHODS = {"CL": "centralised", "FL": "fed_avg", "SGLR": "sglr", "SFL": "sfl", "PSL": "psl"}
