@@ -34,7 +34,8 @@ from ..data.batches import ClientData
 from ..data.grammar import TEST_PAIRS, TRAIN_PAIRS
 from ..data.sources import KNOWN, load
 from ..networks.cut import SplitModel
-from ..networks.gpt2 import Adapter, decoder_auxiliary, usual_blocks
+from ..networks.decoders import decoder_auxiliary, usual_blocks
+from ..networks.gpt2 import Adapter
 from ..networks.layout import fast_layout
 from ..networks.part import NextToken
 from ..networks.zoo import MODELS, split_decoder, split_model

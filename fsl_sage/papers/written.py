@@ -30,8 +30,10 @@ from ..experiments.models import KeepModel, export_model, load_model
 from ..experiments.runs import RunStore
 from ..experiments.store import model_of
 from ..experiments.train import train
+from ..networks.cut import SplitModel
 from ..networks.generation import answers
-from ..networks.gpt2 import DECODERS, Adapter, gpt2
+from ..networks.gpt2 import Adapter
+from ..networks.zoo import split_decoder
 from .plots import paired
 
 # %% ../../nbs/70_papers.written.ipynb #adfd47a1
@@ -110,15 +112,15 @@ def trained_decoder(
     store: RunStore,
     device: str | torch.device = "auto",  # for what must be trained
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-) -> nn.Sequential:  # (batch, L) tokens to (batch, L, V) logits; on the CPU
-    "The global model of a run, whole."
+) -> SplitModel:  # (batch, L) tokens to (batch, L, V) logits; on the CPU
+    "The global model of a run."
     model, words = experiment.model, text_dataset(experiment, root).num_classes
-    sizes = DECODERS[model.name]
-    adapter = Adapter(**vars(model.adapter)) if model.adapter else None
-    blocks, width = model.blocks or sizes.blocks, sizes.width * model.width // 64
-    whole = gpt2(words, model.context or sizes.context, width, model.heads or sizes.heads, blocks, adapter)
-    whole.load_state_dict(load_model(store.root, keep_model(experiment, store, device, root)))
-    return whole
+    sizes: dict[str, Any] = {name: getattr(model, name) for name in ("width", "cut", "blocks", "heads", "context")}
+    split = split_decoder(model.name, words, adapter=Adapter(**vars(model.adapter)) if model.adapter else None, **sizes)
+    tensors = load_model(store.root, keep_model(experiment, store, device, root))
+    for half in (split.client, split.server):
+        half.load_state_dict({name: tensors[name] for name in half.state_dict()})
+    return split
 
 # %% ../../nbs/70_papers.written.ipynb #5b1d0a04
 @contextmanager
