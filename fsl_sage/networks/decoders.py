@@ -26,7 +26,7 @@ class Anatomy(NamedTuple):
     blocks: str  # name of the list of blocks in the decoder
     below: tuple[str, ...]  # the decoder's other layers that run before the first block
     above: tuple[str, ...]  # and after the last one
-    gives_tuple: bool  # whether a block gives more than a tensor
+    gives_tuple: bool  # whether a block's tensor is the first of several
     logits: Tensor  # (2, L, V) for `tokens`
     tokens: Tensor  # (2, L), int64, at random
 
@@ -36,7 +36,7 @@ def list_of_blocks(
 ) -> tuple[str, nn.ModuleList]:  # its name in the decoder
     "The blocks. `ValueError` if there is no list of them."
     n, decoder = model.config.get_text_config().num_hidden_layers, model.get_decoder()
-    for name, layer in decoder.named_children():
+    for name, layer in decoder.named_modules():
         if isinstance(layer, nn.ModuleList) and len(layer) == n:
             return name, layer
     raise ValueError(f"{type(model).__name__} has no list of its {n} blocks: it cannot be cut at one")
@@ -50,7 +50,7 @@ def anatomy(
     order: list[str] = []
     outputs: list[Any] = []
     hooks = [layer.register_forward_pre_hook(lambda *_, called=child: order.append(called))
-             for child, layer in decoder.named_children() if child != name]  # fmt: skip
+             for child, layer in decoder.named_children() if child != name.split(".")[0]]  # fmt: skip
     hooks.append(blocks[0].register_forward_hook(lambda layer, args, output: outputs.append(output)))
     hooks.append(blocks[0].register_forward_pre_hook(lambda *_: order.append("")))
     size = model.config.get_text_config().vocab_size
@@ -63,7 +63,7 @@ def anatomy(
             hook.remove()
     start = order.index("")
     below, above = dict.fromkeys(order[:start]), dict.fromkeys(order[start + 1 :])
-    return Anatomy(name, tuple(below), tuple(above), isinstance(outputs[0], tuple), logits, tokens)
+    return Anatomy(name, tuple(below), tuple(above), isinstance(outputs[0], tuple | list), logits, tokens)
 
 # %% ../../nbs/18_networks.decoders.ipynb #d767570d
 class _Gone(nn.Module):
@@ -80,8 +80,10 @@ class _Gone(nn.Module):
 class _Nothing(nn.Module):
     "Stands for a layer below the cut, at the server: hands vectors on, and adds 0 where it was given positions."
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return x if x.is_floating_point() and x.ndim > 2 else torch.zeros((), device=x.device)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        vectors = [value for value in given if value.is_floating_point() and value.ndim > 2]
+        return vectors[0] if vectors else torch.zeros((), device=given[0].device)
 
 
 class _Entry:
@@ -102,7 +104,7 @@ def _server_pass(self: Any, smashed: Tensor) -> Tensor:
     "Logits (batch, L, V) of smashed data (batch, L, W)."
     self.entry.smashed = smashed
     try:
-        return super(type(self), self).forward(inputs_embeds=smashed, use_cache=False).logits
+        return super(type(self), self).forward(inputs_embeds=torch.zeros_like(smashed), use_cache=False).logits
     finally:
         self.entry.smashed = None
 
@@ -127,7 +129,7 @@ def _client_half(model: Any, found: Anatomy, blocks: int) -> Any:
     "The model up to its first blocks; shares their parameters."
     half = deepcopy(model, {id(p): p for p in model.parameters()})
     decoder = half.get_decoder()
-    setattr(decoder, found.blocks, decoder.get_submodule(found.blocks)[:blocks])
+    decoder.set_submodule(found.blocks, decoder.get_submodule(found.blocks)[:blocks])
     for name in found.above:
         setattr(decoder, name, nn.Identity())
     for name, child in half.named_children():
