@@ -201,7 +201,7 @@ def align_batches(
     config, n = state.experiment.algorithm, len(state.buffers[i])
     stream = generator(state.experiment.sampling_seed, "align", i, rnd)
     order = torch.arange(n) if config.align_in_order else torch.randperm(n, generator=stream)
-    return order.to(state.device).split(config.align_batch_size)
+    return order.to(state.buffers[i].labels.device).split(config.align_batch_size)
 
 # %% ../../nbs/33_algorithms.sage.ipynb #797ab22b
 def target_of(

@@ -31,7 +31,7 @@ from ..machines.certificates import make_certificates
 from ..machines.parties import check_asked, most_bytes
 from ..machines.gate import NoGate, Refused, knock, own_key
 from ..machines.processes import Processes
-from ..machines.shares import read_arrays, share_path, write_shares
+from ..machines.shares import described, share_path, write_shares
 
 # %% ../../nbs/93_commands.federate.ipynb #5058ceb4
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def split(args: argparse.Namespace, words: Sequence[str]) -> None:
     "`fsl-sage-federate split`"
     job = asked(words, args.clients)
     for path in write_shares(job.experiment, args.folder, job.options.data_root):
-        print(f"{path}: {len(read_arrays(path)['labels'])} images")
+        print(f"{path}: {described(path)}")
 
 
 def certs(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -154,11 +154,11 @@ def client(args: argparse.Namespace, words: Sequence[str]) -> None:
     require(re.fullmatch(r".+:\d+", args.server) is not None, "--server", args.server, "HOST:PORT")
     own = has_files(args.certificates, "ca.pem", "client.key") if args.certificates else None
     data = (share_path(args.data, args.client) if Path(args.data).is_dir() else Path(args.data)).resolve()
-    size = len(read_arrays(data)["labels"])
+    size = described(data)
     with Processes(args.folder or f"fsl-sage-client-{args.client}") as processes:
         here = Federation(processes)
         config = {"num-partitions": args.of, "data": str(data), "device": args.device}
-        said = f"client {args.client} of {args.of} with {size} images, for {args.server}; Ctrl-C ends it"
+        said = f"client {args.client} of {args.of} with {size}, for {args.server}; Ctrl-C ends it"
         print(said, file=sys.stderr)
         ca, key = (own / "ca.pem", own_key(own)) if own else (None, None)
         ask = partial(knock, args.server, ca, key)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'Arrays', 'EMBEDDED', 'DEBIAN', 'PLUGIN', 'FREE', 'RATIO', 'NPY_HEADERS', 'IDX_FILES', 'FORMATS', 'PIXELS',
-           'LEFTOVERS', 'LARGEST_TOKEN', 'RENUMBER', 'broken', 'file_size', 'check_unpacked', 'npy_bytes', 'read_npz',
-           'read_idx', 'idx_path', 'read_idx_folder', 'as_rgb', 'read_image', 'visible', 'picture_paths',
-           'read_image_folder', 'check_tokens', 'check_arrays', 'count_classes']
+           'LEFTOVERS', 'LARGEST_TOKEN', 'RENUMBER', 'broken', 'file_size', 'check_unpacked', 'npy_bytes',
+           'plain_arrays', 'read_npz', 'read_idx', 'idx_path', 'read_idx_folder', 'as_rgb', 'read_image', 'visible',
+           'picture_paths', 'read_image_folder', 'check_tokens', 'check_arrays', 'count_classes']
 
 # %% ../../nbs/03_data.files.ipynb #09831a68
 import gzip
@@ -88,24 +88,31 @@ def npy_bytes(
         raise ValueError(f"the header of {key} announces shape {shape} of {dtype}, the file holds {held} bytes")
     return held
 
+# %% ../../nbs/03_data.files.ipynb #c3f59bf7
+def plain_arrays(
+    path: str | Path,  # of an `.npz`
+    keys: Sequence[str],  # names of arrays that may be in it
+) -> Arrays:  # those that are
+    "The arrays of an archive, looked at before they take memory. Many kinds of errors if it is damaged."
+    packed, arrays = file_size(path), {}
+    with zipfile.ZipFile(path) as archive:
+        present = [key for key in keys if f"{key}.npy" in archive.namelist()]
+        check_unpacked(sum(npy_bytes(archive, key) for key in present), packed)
+        for key in present:
+            with archive.open(f"{key}.npy") as file:
+                arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
 
 def read_npz(
     path: Path,  # an archive with the arrays x_train, y_train, x_test, y_test
 ) -> Arrays:
     "The arrays of an `.npz`; `ValueError` if it is no such archive, is damaged, or lacks one of them."
     try:
-        packed = file_size(path)
-        with zipfile.ZipFile(path) as archive:
-            missing = [key for key in KEYS if f"{key}.npy" not in archive.namelist()]
-            present = [key for key in KEYS if key not in missing]
-            check_unpacked(sum(npy_bytes(archive, key) for key in present), packed)
-            arrays = {}
-            for key in present:
-                with archive.open(f"{key}.npy") as file:
-                    arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+        arrays = plain_arrays(path, KEYS)
     except Exception as error:  # a damaged archive fails in a dozen ways: zip, zlib, header, memory …
         raise broken(path, f"is damaged or no .npz archive ({error or type(error).__name__})") from error
-    if missing:
+    if missing := [key for key in KEYS if key not in arrays]:
         raise broken(path, f"lacks {', '.join(missing)} (it must hold {', '.join(KEYS)})")
     return arrays
 

@@ -29,6 +29,7 @@ from .parties import account, answer_question, ask_clients, only_server
 from .remote import line
 from .wire import place_name
 from .shares import read_share
+from ..networks.gpt2 import weights_in
 
 # %% ../../nbs/82_machines.flower.ipynb #39aa5904
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def server_app() -> "ServerApp":
         federation = account(checkpoint, experiment)
         folder = store.save(history, time.perf_counter() - start, device, federation)
         if federation:
-            print("clients were absent or had images of their own: fsl-sage does not take this run for a simulation")
+            print("clients were absent or had data of their own: fsl-sage does not take this run for a simulation")
         print(f"stored in {folder}", flush=True)
         checkpoint.unlink()
 
@@ -294,7 +295,8 @@ def client_app() -> "ClientApp":
         try:
             experiment, device = _experiment(context), choose_device(str(node.get("device", "auto")))
             question, own = Question(**dict(message.content["question"])), own_data(experiment, node, device)
-            told["ups"] = answer_question(experiment, told["client"], own, str(node["folder"]), question, device)
+            with weights_in(node.get("data-root")):
+                told["ups"] = answer_question(experiment, told["client"], own, str(node["folder"]), question, device)
         except Exception as error:  # the server's user reads the reason
             log.exception("the question cannot be answered")
             told["error"] = printable(f"{type(error).__name__}: {error}")

@@ -79,6 +79,7 @@ class AskingMail:
         self.round, self.present, self.out = -1, list(range(n)), {}  # out: clients left out of this round, and why
         self.refused: dict[int, str] = {}  # clients whose introduction is refused, and why: left out of all rounds
         self.absent: dict[int, list[int]] = {}  # completed round → clients that were asked and are not in it
+        self.lengths: dict[int, torch.Tensor] = {}  # client → of each of its texts
         self.data, self.split = [""] * n, [""] * n  # digest of each client's data: as it says; as the server splits
         self.limits: list[float] = [math.inf] * n  # bytes that a client's answers to one round may have
 
@@ -199,6 +200,7 @@ def remembered(
     "The mail, to be kept beside a checkpoint."
     late = {f"late.{i}.{k}": _as_tensor(m) for i, box in enumerate(mail.boxes) for k, m in enumerate(box.late)}
     plain = {"refused": mail.refused, "absent": mail.absent, "data": mail.data, "split": mail.split}
+    late |= {f"lengths.{i}": lengths for i, lengths in mail.lengths.items()}
     late |= {"after": torch.tensor([box.after for box in mail.boxes]), "everyone": _as_tensor(mail.everyone)}
     return late | {"plain": _as_tensor(json.dumps(plain).encode())}
 
@@ -232,6 +234,7 @@ def remember(
     plain = plain_of(tensors)
     mail.everyone, mail.data, mail.split = tensors["everyone"].numpy().tobytes(), plain["data"], plain["split"]
     mail.refused, mail.absent = ({int(k): v for k, v in plain[name].items()} for name in ("refused", "absent"))
+    mail.lengths = {int(n.partition(".")[2]): t for n, t in tensors.items() if n.startswith("lengths.")}
     for i, (box, after) in enumerate(zip(mail.boxes, tensors["after"].tolist(), strict=True)):
         names = sorted(name for name in tensors if name.startswith(f"late.{i}."))
         box.after, box.late = after, [tensors[name].numpy().tobytes() for name in names]

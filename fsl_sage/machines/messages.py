@@ -92,16 +92,26 @@ def check(
 COUNT = 1 << 53  # the largest count that a float holds exactly, as averages need it
 
 
+def _check_labels(name: str, labels: Tensor, classes: int) -> None:
+    "`MessageError` unless labels are classes; or, of texts, next tokens and a mask."
+    parts = [(name, labels, classes)]
+    if labels.ndim == 3 and labels.shape[1] == 2:  # (batch, 2, L)
+        parts = [(name, labels[:, 0], classes), (f"masks of {name}", labels[:, 1], 2)]
+    for what, part, most in parts:
+        if not ((part >= 0) & (part < most)).all():
+            raise MessageError(f"{what} are not all from 0 to {most - 1}")
+
+
 def check_numbers(
     tensors: dict[str, Tensor],  # as they have arrived
-    classes: int,  # how many there are
+    classes: int,  # how many there are; of texts: tokens
 ) -> None:
     "`MessageError` if a number is NaN, infinite, or outside the range of its kind."
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise MessageError(f"{name} has numbers that are NaN or infinite")
-        if name.startswith("labels") and not ((tensor >= 0) & (tensor < classes)).all():
-            raise MessageError(f"{name} are not all from 0 to {classes - 1}")
+        if name.startswith("labels"):
+            _check_labels(name, tensor, classes)
         counted = not tensor.is_floating_point()
         if (counted or name.startswith("losses") or name.endswith("running_var")) and (tensor < 0).any():
             raise MessageError(f"{name} has numbers below 0")

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'MOST_ROUNDS', 'own_state', 'client_file', 'ask_fits', 'forget_others', 'load_late', 'catch_up', 'digest',
-           'about_client', 'answer_question', 'introduced', 'introduce_clients', 'rows_of', 'start_server',
-           'everyone_of', 'resume_server', 'get_to_know', 'most_bytes', 'only_server', 'smashed_size', 'check_asked',
-           'ask_clients', 'account']
+           'programs_of', 'about_client', 'answer_question', 'introduction_bytes', 'introduced', 'introduce_clients',
+           'rows_of', 'keep_outlines', 'start_server', 'everyone_of', 'resume_server', 'get_to_know', 'most_bytes',
+           'only_server', 'smashed_size', 'check_asked', 'ask_clients', 'account']
 
 # %% ../../nbs/81_machines.parties.ipynb #1dac9088
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 
 import fsl_sage
 from ..algorithms.participation import asked_clients
-from ..algorithms.state import State
+from ..algorithms.state import State, reads_text
 from ..config.experiment import Experiment
 from ..config.settings import algorithms, record_of
-from ..core import choose_device, one_of, printable, require
+from ..core import choose_device, one_of, printable, require, tensor_bytes
 from ..costs.clock import Attendance
 from ..data.batches import ClientData, eval_batches
 from ..data.images import Dataset
+from ..experiments.digests import with_files
 from ..experiments.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ..experiments.store import run_lock
 from ..experiments.loop import Bench, step_schedules
@@ -37,11 +39,13 @@ from .mail import MARGIN, AnsweringMail, AskingMail, Exchange, NotYet, Question,
 from .mail import end_round, kept_mail, leave_out, plain_of, remember, remembered, within
 from .messages import MessageError, check, decode, encode
 from .placed import Outline
-from .remote import NOTE, WireRun, check_remote, due_bytes, join
+from .remote import NOTE, WireRun, check_lengths, check_remote, due_bytes, join
+from .remote import lengths_due, row_due, row_of, says_lengths
 from .wire import SERVER, Guard, WireLedger, check_stamp
 from .remote import outline_of, outlines, rounds_here, serve, take_places
 from .wire import place_name
 from .shares import private_folder
+from ..networks.gpt2 import weights_in
 from ..algorithms.state import evaluation_loss
 
 log = logging.getLogger(__name__)
@@ -106,8 +110,13 @@ def load_late(
     groups = {"client_model": mine.clients, "server_model": mine.servers, "aux_model": mine.auxes}
     for kind in {name.partition(".")[0] for name in tensors}:
         (part,) = groups[one_of("kind", kind, groups)]
-        prefix = f"{kind}."
-        part.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        prefix, own = f"{kind}.", part.model.state_dict()
+        new = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        for name in sorted(part.fixed & new.keys()):
+            if not torch.equal(own[name].cpu(), new[name]):
+                raise ValueError(f"{kind}: the frozen weights {name} are others here than at the server; "
+                                 "the versions of PyTorch must be the same")  # fmt: skip
+        part.load({name: tensor for name, tensor in new.items() if name not in part.fixed})
 
 
 def catch_up(
@@ -131,7 +140,7 @@ def catch_up(
 def digest(
     data: ClientData,
 ) -> str:  # hexadecimal
-    "SHA-256 of a client's images, labels, and what normalises them."
+    "SHA-256 of a client's images or tokens, labels, and what normalises them."
     sha = hashlib.sha256(str(data.num_classes).encode())
     for values in (data.images.x, data.images.y, data.mean, data.std):
         tensor = torch.as_tensor(values)
@@ -140,11 +149,20 @@ def digest(
     return sha.hexdigest()
 
 
+def programs_of(
+    experiment: Experiment,
+) -> dict[str, str]:  # for JSON
+    "What must be the same at all places and is not in the configuration: the package, the pretrained weights."
+    weights = {"weights": with_files("", experiment)} if experiment.model.pretrained else {}
+    return {"version": fsl_sage.__version__} | weights
+
+
 def about_client(
+    experiment: Experiment,
     own: ClientData,
 ) -> dict[str, str]:  # for JSON
     "What a client says of itself, beside the size of its data."
-    return {"version": fsl_sage.__version__, "data": digest(own)}
+    return programs_of(experiment) | {"data": digest(own)}
 
 # %% ../../nbs/81_machines.parties.ipynb #9c1b1e0a
 def answer_question(
@@ -161,7 +179,7 @@ def answer_question(
     mail = AnsweringMail([question.everyone] * (rnd >= 0), done=rnd >= 0)
     ledger = WireLedger(place=place, mail=mail, device=device, round=rnd)
     try:
-        state = join(experiment, ledger, own, about_client(own) if rnd < 0 else None)
+        state = join(experiment, ledger, own, about_client(experiment, own) if rnd < 0 else None)
         mine = own_state(state, place)
         mail.downs = catch_up(mine, client_file(folder, place, after) if after >= 0 else None, question)
         mail.ups, mail.done = [], False
@@ -175,6 +193,14 @@ def answer_question(
     return mail.ups[question.have :]
 
 # %% ../../nbs/81_machines.parties.ipynb #b2deecc3
+def introduction_bytes(
+    experiment: Experiment,
+    samples: int,  # of the client, at most
+) -> int:
+    "Bytes that an introduction may have."
+    return 4 * NOTE + (4 * NOTE + tensor_bytes(lengths_due(samples)) if says_lengths(experiment) else 0)
+
+
 def introduced(
     experiment: Experiment,
     client: int,
@@ -182,28 +208,41 @@ def introduced(
     split: Sequence[Outline],  # one a client: what the server's split of its own data set gives it
 ) -> tuple[Outline, str]:  # its data; their digest
     "What a client has said of itself. `MessageError` if it cannot take part."
-    due, own, most = torch.zeros(6, dtype=torch.long), split[client], max(map(len, split))
-    (first, *_) = [*answer, b""]
+    own, most, kind = split[client], max(map(len, split)), "texts" if reads_text(experiment) else "images"
+    first, second, *_ = [*answer, b"", b""]
     tensors, plain = decode(first, limit=4 * NOTE)
-    check(tensors, {"hello.": due})
+    check(tensors, {"hello.": row_due(experiment)})
     samples, *shape, classes, experiment_hash = tensors["hello."].tolist()
     if experiment_hash != int(experiment.hash, 16) >> 1:
         raise MessageError("is here for another experiment; start all with the same words")
-    for what, is_, should in (("images", tuple(shape), own.image_shape), ("classes", classes, own.num_classes)):
+    for what, is_, should in ((kind, tuple(shape), own.image_shape), ("classes", classes, own.num_classes)):
         if is_ != should:
             raise MessageError(f"has {what} {is_}, where the server's data set has {should}")
     if not 1 <= samples <= most:
         fine = f"where 1 to {most} are allowed (the largest share of the server's split)"
         raise MessageError(f"has {samples} samples, {fine}")
-    if plain.get("version") != fsl_sage.__version__:
-        raise MessageError(f"has fsl_sage {plain.get('version')!r}, the server has {fsl_sage.__version__!r}")
+    same = programs_of(experiment)
+    if plain.get("version") != same["version"]:
+        raise MessageError(f"has fsl_sage {plain.get('version')!r}, the server has {same['version']!r}")
+    if plain.get("weights") != same.get("weights"):
+        raise MessageError("has other pretrained weights than the server")
     check_stamp(plain, -1, client)
-    outline = Outline(samples, own.image_shape, own.num_classes, own.batch_size)
+    outline = replace(own, samples=samples, lengths=_lengths(experiment, client, second, samples, own))
     if samples != len(own):
         due_bytes(experiment, outline)  # can so many be trained on?
     return outline, str(plain.get("data"))
 
 
+def _lengths(experiment: Experiment, client: int, message: bytes, samples: int, own: Outline) -> torch.Tensor | None:
+    "How long a client's texts are, as it says. `MessageError` if they cannot be so long."
+    if not says_lengths(experiment):
+        return None
+    tensors, plain = decode(message, limit=introduction_bytes(experiment, samples))
+    check(tensors, lengths_due(samples))
+    check_stamp(plain, -1, client)
+    return check_lengths(tensors["lengths."], own.image_shape[0])
+
+# %% ../../nbs/81_machines.parties.ipynb #a9b29867
 def introduce_clients(
     experiment: Experiment,
     mail: AskingMail,
@@ -216,7 +255,7 @@ def introduce_clients(
     for i in answers.keys() & set(clients):
         mail.refused.pop(i, None)
         try:
-            answer = within(answers[i], 4 * NOTE)
+            answer = within(answers[i], introduction_bytes(experiment, max(map(len, split))))
             if isinstance(answer, MessageError):
                 raise answer
             found[i], mail.data[i] = introduced(experiment, i, answer, split)
@@ -232,10 +271,19 @@ def introduce_clients(
 def rows_of(
     experiment: Experiment,
     everyone: Sequence[Outline],  # one a client
-) -> torch.Tensor:  # (clients, 6), as in an introduction
+) -> torch.Tensor:  # (clients, 4 or 6), as in an introduction
     "What clients are told of everybody's data."
-    mine = int(experiment.hash, 16) >> 1
-    return torch.tensor([[len(one), *one.image_shape, one.num_classes, mine] for one in everyone])
+    return torch.tensor([row_of(experiment, one) for one in everyone])
+
+
+def keep_outlines(
+    experiment: Experiment,
+    mail: AskingMail,
+    everyone: Sequence[Outline],  # one a client
+) -> None:
+    "Note what clients are told of everybody's data, and what the server keeps to itself."
+    mail.everyone = encode({"all.": rows_of(experiment, everyone)})
+    mail.lengths = {i: one.lengths for i, one in enumerate(everyone) if one.lengths is not None}
 
 
 def start_server(
@@ -260,8 +308,8 @@ def everyone_of(
     mail: AskingMail,
     device: str | torch.device = "meta",
 ) -> list[Outline]:  # one a client
-    "What clients have been told."
-    return outlines(decode(mail.everyone)[0]["all."], experiment.model.client.batch_size, device)
+    "What is known of the clients' data."
+    return outlines(experiment, decode(mail.everyone)[0]["all."], device, mail.lengths)
 
 
 def resume_server(
@@ -285,16 +333,16 @@ def get_to_know(
     checkpoint: str | Path,
 ) -> None:
     "Bring the mail to the start of the next round. `MessageError` as `introduce_clients`."
-    own, n = [outline_of(data, data.batch_size) for data in split], len(split)
+    own, n = [outline_of(data) for data in split], len(split)
     if Path(checkpoint).exists():
         remember(mail, kept_mail(checkpoint, experiment))
         if again := list(mail.refused):
             known, found = everyone_of(experiment, mail), introduce_clients(experiment, mail, own, again)
             everyone = [found[i] if i in again else known[i] for i in range(n)]
-            mail.everyone = encode({"all.": rows_of(experiment, everyone)})
+            keep_outlines(experiment, mail, everyone)
     else:
         mail.split = [digest(data) for data in split]
-        mail.everyone = encode({"all.": rows_of(experiment, introduce_clients(experiment, mail, own, range(n)))})
+        keep_outlines(experiment, mail, introduce_clients(experiment, mail, own, range(n)))
         start_server(experiment, mail, ledger, checkpoint)
         remember(mail, kept_mail(checkpoint, experiment))
     everyone = everyone_of(experiment, mail)
@@ -308,9 +356,9 @@ def most_bytes(
 ) -> int:
     "Bytes that a client's answer may have at most."
     check_asked(experiment)
-    split = client_data(experiment, prepare(experiment, torch.device("cpu"), root)[0])
-    largest = outline_of(max(split, key=len), split[0].batch_size)
-    return due_bytes(experiment, largest) + MARGIN
+    largest = outline_of(max(client_data(experiment, prepare(experiment, torch.device("cpu"), root)[0]), key=len))
+    with weights_in(root):
+        return max(due_bytes(experiment, largest), introduction_bytes(experiment, len(largest))) + MARGIN
 
 # %% ../../nbs/81_machines.parties.ipynb #b303c415
 @contextmanager
@@ -330,11 +378,11 @@ def only_server(
 def smashed_size(
     state: State,  # the server's, at the start of a round
     dataset: Dataset,  # the server's
-    images: int = 64,  # at most
+    samples: int = 64,  # at most
 ) -> float:
-    "Root mean square of the smashed data of the server's own test images."
+    "Root mean square of the smashed data of the server's own test samples."
     model = state.clients[0].model
-    test = dataset.test.take(torch.arange(min(images, len(dataset.test)), device=dataset.test.y.device))
+    test = dataset.test.take(torch.arange(min(samples, len(dataset.test)), device=dataset.test.y.device))
     ((x, _), *_) = eval_batches(test, dataset.mean, dataset.std)
     smashed = model.eval()(x)
     model.train()
@@ -373,7 +421,7 @@ def ask_clients(
         save_checkpoint(checkpoint, state, ledger, done, remembered(mail))
         each_round(done)
 
-    with only_server(checkpoint):
+    with only_server(checkpoint), weights_in(root):
         ledger = WireLedger(place=SERVER, mail=mail, device=device)
         get_to_know(experiment, mail, ledger, client_data(experiment, dataset), checkpoint)
         while True:

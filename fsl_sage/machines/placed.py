@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import generator, random_stream
+from ..data.batches import epoch_order
 from ..networks.part import Part
 
 # %% ../../nbs/74_machines.placed.ipynb #42859e6a
@@ -40,7 +41,7 @@ def _shape_of(model: nn.Module, x: Tensor) -> torch.Size:
         for tensor in here.state_dict().values():
             tensor.zero_()
         with random_stream(generator(0, "shape")):
-            return here(torch.zeros(x.shape)).shape
+            return here(torch.zeros(x.shape, dtype=x.dtype)).shape
 
 
 @dataclass
@@ -68,9 +69,11 @@ class Placed(Part):
     ) -> None:
         "Back-propagate and take one step of the optimiser, if the loss is here; else only give shapes to gradients."
         if not loss.is_meta:
-            super().step(loss, gradient)
-        elif loss.requires_grad:
+            return super().step(loss, gradient)
+        if loss.requires_grad:
             loss.backward(gradient)
+        if self.schedule is not None and self.learns:
+            self.schedule.step()  # the server's history has the clients' rates
 
 # %% ../../nbs/74_machines.placed.ipynb #7feb5fc9
 def placed(part: Part) -> Placed:
@@ -80,12 +83,11 @@ def placed(part: Part) -> Placed:
 
 
 def elsewhere(
-    model: nn.Module,  # for its shapes; nothing of it is changed
-    precision: str,  # one of PRECISIONS
+    part: Part,  # for its model's shapes; nothing of it is changed
 ) -> Placed:
     "A part that is stepped in another place."
     idle = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=0)
-    return Placed(model, idle, None, precision)
+    return Placed(part.model, idle, None, part.precision, fixed=part.fixed)
 
 # %% ../../nbs/74_machines.placed.ipynb #3767cd9f
 @dataclass(frozen=True)
@@ -93,10 +95,13 @@ class Outline:
     "The data of a client that is not here: `batches` have shapes and no numbers."
 
     samples: int
-    image_shape: tuple[int, ...]  # (channel, height, width)
-    num_classes: int  # of the whole problem
+    image_shape: tuple[int, ...]  # (channel, height, width); of texts (L,), the most tokens that one may have
+    num_classes: int  # of the whole problem; of texts: tokens
     batch_size: int
     device: str | torch.device = "meta"
+    client: int = 0  # its number
+    seed: int = 0  # of the sampling
+    lengths: Tensor | None = field(default=None, compare=False, repr=False)  # of each text; None: not known
 
     def __len__(self) -> int:
         return self.samples
@@ -107,7 +112,13 @@ class Outline:
         epoch: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         "The batches' shapes, the last one as short as it comes out."
-        for start in range(0, self.samples, self.batch_size):
-            size = min(self.batch_size, self.samples - start)
-            x = torch.empty(size, *self.image_shape, device=self.device)
-            yield x, torch.empty(size, dtype=torch.long, device=self.device)
+        starts = range(0, self.samples, self.batch_size)
+        shapes: list[tuple[int, ...]] = [self.image_shape] * len(starts)
+        text = len(self.image_shape) == 1
+        if text and self.lengths is not None:
+            order = epoch_order(self.samples, self.seed, self.client, rnd, epoch)
+            shapes = [(int(own.max()),) for own in self.lengths[order].split(self.batch_size)]
+        for start, shape in zip(starts, shapes, strict=True):
+            size, kind = min(self.batch_size, self.samples - start), torch.long if text else None
+            x = torch.empty(size, *shape, dtype=kind, device=self.device)
+            yield x, torch.empty(size, *((2, *shape) if text else ()), dtype=torch.long, device=self.device)

@@ -18,6 +18,7 @@ from ..core import choose_device, require
 from ..experiments.loop import Bench
 from ..experiments.history import History
 from ..experiments.setup import client_data, prepare
+from ..networks.gpt2 import weights_in
 from .wire import SERVER, WireLedger
 from .remote import attend, check_remote, join, line, serve
 from ..algorithms.state import evaluation_loss
@@ -71,11 +72,12 @@ def train_on_ranks(
     own = None if place == SERVER else client_data(experiment, dataset)[place]
     mail = RankMail(place, device if dist.get_backend() == "nccl" else torch.device("cpu"))
     ledger = WireLedger(place=place, mail=mail, device=device)
-    if place != SERVER:
-        del dataset, validation
-        return attend(join(experiment, ledger, own), ledger)
-    bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment))
-    return serve(join(experiment, ledger), ledger, bench, line if progress else lambda row: None)
+    with weights_in(root):
+        if place != SERVER:
+            del dataset, validation
+            return attend(join(experiment, ledger, own), ledger)
+        bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment))
+        return serve(join(experiment, ledger), ledger, bench, line if progress else lambda row: None)
 
 # %% ../../nbs/78_machines.ranks.ipynb #e81b34f6
 if __name__ == "__main__" and "__file__" in globals():

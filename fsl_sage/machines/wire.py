@@ -72,7 +72,7 @@ def check_stamp(
         raise MessageError(f"it names {said}, where {stamp(rnd, client)} was due")
 
 # %% ../../nbs/76_machines.wire.ipynb #82a1ca3c
-LARGEST = 10.0  # times the median (or what the server's own images give): what is larger is refused
+LARGEST = 10.0  # times the median (or what the server's own samples give): what is larger is refused
 LOSS = 1000.0  # a loss up to this is never refused
 
 
@@ -113,7 +113,7 @@ class Guard:
         for name, tensor in tensors.items():
             size = float(tensor.double().square().mean().sqrt()) if name.startswith("smashed") else 0.0
             if size > LARGEST * self.smashed:
-                own = f"{self.smashed:.3g} for the server's own images"
+                own = f"{self.smashed:.3g} for the server's own samples"
                 raise MessageError(f"{name} has a root mean square of {size:.3g}, where it is {own}")
 
     def judge(self) -> None:

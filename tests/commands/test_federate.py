@@ -1,5 +1,6 @@
 """`fsl-sage-federate`: shares, keys, mistakes; and Flower's own processes where Flower is installed."""
 
+import io
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,7 @@ from fsl_sage.commands import federate
 from fsl_sage.commands.federate import Processes, main
 from fsl_sage.commands.federation import Federation, federation, follow, run_config, write_app
 from fsl_sage.config.presets import preset
+from fsl_sage.data import files
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.train import train
 from fsl_sage.machines import flower
@@ -72,6 +75,71 @@ def test_a_bad_share_is_refused_by_file_and_field(name, array, tmp_path):
     np.savez(path, **share(**{name: array}))
     with pytest.raises(ValueError, match=rf"client-0.npz: {name} is .*; it must be"):
         read_share(path, EXPERIMENT, 0)
+
+
+ON_TEXTS = {"dataset.name": "restaurants", "dataset.max_train": 60, "dataset.max_test": 20, "dataset.size_spread": 0.5}
+ON_TEXTS |= {"model.name": "gpt2_tiny", "model.blocks": 2, "model.width": 16, "model.client.batch_size": 8}
+ON_TEXTS |= {"model.adapter.rank": 2, "algorithm.align_epochs": 2, "algorithm.align_interval": 2, "rounds": 2}
+WORDS_ON_TEXTS = [f"{name}={value}" for name, value in ON_TEXTS.items()]
+
+
+def share_of_texts(**changes):
+    good = {"tokens": np.array([[4, 9, 0], [1, 2, 3]], np.int32), "num_classes": np.array(10)}
+    good |= {"labels": np.array([[[9, 0, 0], [1, 0, 0]], [[2, 3, 0], [0, 1, 1]]], np.int32)}
+    return {name: array for name, array in (good | changes).items() if array is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("tokens", np.zeros((2, 3))),
+        ("tokens", np.zeros((2, 3), np.int64)),
+        ("tokens", np.zeros((0, 3), np.int32)),
+        ("tokens", np.zeros((2, 0), np.int32)),
+        ("tokens", np.zeros((2, 3, 1), np.int32)),
+        ("tokens", np.array([[4, 10, 0], [1, 2, 3]], np.int32)),
+        ("tokens", np.array([[4, -1, 0], [1, 2, 3]], np.int32)),
+        ("labels", None),
+        ("labels", np.zeros((2, 3), np.int32)),
+        ("labels", np.zeros((2, 2, 4), np.int32)),
+        ("labels", np.zeros((1, 2, 3), np.int32)),
+        ("labels", np.zeros((2, 2, 3))),
+        ("labels", np.full((2, 2, 3), -1, np.int32)),
+        ("labels", np.full((2, 2, 3), 2, np.int32)),
+        ("labels", np.array([[[10, 0, 0], [1, 0, 0]]] * 2, np.int32)),
+        ("num_classes", None),
+        ("num_classes", np.array(1)),
+    ],
+)
+def test_a_bad_share_of_texts_is_refused_by_file_and_field(name, array, tmp_path):
+    experiment, path = preset("smoke", num_clients=2, **ON_TEXTS), tmp_path / "client-0.npz"
+    np.savez(path, **share_of_texts())
+    assert len(read_share(path, experiment, 0)) == 2
+    np.savez(path, **share_of_texts(**{name: array}))
+    with pytest.raises(ValueError, match=rf"client-0.npz: {name} is .*; it must be"):
+        read_share(path, experiment, 0)
+    np.savez(path, **share())
+    with pytest.raises(ValueError, match=r"client-0.npz.*: must be a share of texts, which model.name='gpt2_tiny'"):
+        read_share(path, experiment, 0)
+
+
+@pytest.mark.attack("data")
+def test_a_share_that_claims_more_than_it_has_takes_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FREE", 2**16)
+    path, header = tmp_path / "client-0.npz", io.BytesIO()
+    about = {"descr": "<i4", "fortran_order": False, "shape": (2**40, 3)}
+    np.lib.format.write_array_header_1_0(header, about)
+    np.savez(path, **share_of_texts(tokens=None))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("tokens.npy", header.getvalue() + bytes(12))
+    with pytest.raises(ValueError, match=r"client-0.npz: .*announces shape \(1099511627776, 3\)"):
+        read_share(path, preset("smoke", num_clients=2, **ON_TEXTS), 0)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, about | {"shape": (2**20, 1)})
+        archive.writestr("tokens.npy", header.getvalue() + bytes(2**22))
+    with pytest.raises(ValueError, match=r"client-0.npz: .*would unpack to .*, more than 100 times"):
+        read_share(path, preset("smoke", num_clients=2, **ON_TEXTS), 0)
 
 
 def test_a_damaged_share_is_refused_and_nothing_is_unpickled(tmp_path):
@@ -146,6 +214,24 @@ def test_mistakes_are_answered_in_one_line(words, says, capsys, monkeypatch, tmp
     said = capsys.readouterr().err
     assert status == 2 and says in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_texts_are_split_and_described(tmp_path, capsys):
+    assert main(["split", "--clients", "2", str(tmp_path), *WORDS_ON_TEXTS]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    sizes = [int(line.partition(": ")[2].removesuffix(" texts")) for line in (first, second)]
+    assert 50 < sum(sizes) <= 60 and sizes[0] != sizes[1]
+
+
+@needs_flower
+@pytest.mark.slow
+def test_texts_between_processes_end_with_the_history_of_the_simulation(tmp_path):
+    with runs_in(tmp_path):
+        assert main(["local", "--clients", "2", *WORDS_ON_TEXTS, "device=cpu"]) == 0
+    experiment = preset("smoke", num_clients=2, **ON_TEXTS)
+    one, other = train(experiment, "cpu", progress=False), RunStore(tmp_path).find(experiment)
+    for table in ("rounds", "alignments", "ledger"):
+        pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
 
 
 def test_who_has_no_flower_is_told_what_to_install(capsys, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +24,9 @@ from fsl_sage.machines.mail import Question, within
 from fsl_sage.machines.messages import MessageError, decode, encode
 from fsl_sage.machines.parties import account, answer_question, ask_clients
 from fsl_sage.machines.placed import Outline
-from fsl_sage.machines.remote import due_bytes
+from fsl_sage.machines.remote import due_bytes, outline_of
 from fsl_sage.machines.shares import write_shares
-from tests.support.asking import ASKED_ONCE, THREE, Clients, assert_simulated, small
+from tests.support.asking import ADAPTED, ASKED_ONCE, THREE, Clients, assert_simulated, small, small_on_texts
 from tests.support.runs import assert_same
 
 SHORT = THREE | {"rounds": 2}
@@ -93,6 +94,71 @@ def test_a_client_that_lies_of_itself_is_named_and_left_out(name, tmp_path, capl
     said = [record.message for record in caplog.records if record.message.startswith(f"client {who} ")]
     assert len(said) == 1 and re.search(why, said[0]), caplog.text
     assert account(tmp_path / "server", experiment)["absent"] == {"0": [who]}
+
+
+def say(change):
+    """What a client says of its texts: `change(lengths)` in the place of their lengths."""
+    return lambda tensors, about: ({n: change(t) if n == "lengths." else t for n, t in tensors.items()}, about)
+
+
+def lie_of_texts(**rows):
+    def change(tensors, about):
+        for name, value in rows.items() if "hello." in tensors else ():
+            tensors["hello."][["samples", "length", "tokens", "experiment"].index(name)] = value
+        return tensors, about
+
+    return change
+
+
+def unsaid(tensors, about):
+    return ({} if "lengths." in tensors else tensors), about
+
+
+LIES_OF_TEXTS = {
+    "too few": (say(lambda t: t[1:]), r"lengths. is torch.int64 \(\d+,\), where torch.int64 \(\d+,\) was due"),
+    "too many": (say(lambda t: torch.ones(10**5, dtype=torch.long)), "bytes, where"),
+    "not said": (unsaid, "missing or not asked for"),
+    "zero": (say(lambda t: t * 0), "texts of 0 to 0 tokens, where 1 to"),
+    "negative": (say(lambda t: -t), "texts of -.* tokens, where 1 to"),
+    "longer than any": (say(lambda t: t + 10**3), "tokens, where 1 to"),
+    "huge": (say(lambda t: t + 2**62), "tokens, where 1 to"),
+    "fractions": (say(torch.Tensor.float), "lengths. is torch.float32"),
+    "a table": (say(lambda t: t[None]), r"lengths. is torch.int64 \(1, \d+\)"),
+    "of another client": (
+        lambda tensors, about: (tensors, about | ({"client": 0} if "lengths." in tensors else {})), "names .* was due"
+    ),
+    "other width": (lie_of_texts(length=9), r"texts \(9,\), where the server's data set has"),
+    "beyond the context": (lie_of_texts(length=10**4), r"texts \(10000,\), where"),
+    "more tokens": (lie_of_texts(tokens=10**6), "classes 1000000, where"),
+    "images": (lambda tensors, about: ({"hello.": torch.zeros(6, dtype=torch.long)}, about), "hello. is .* was due"),
+    "2**62 texts": (lie_of_texts(samples=2**62), "samples, where 1 to"),
+}  # fmt: skip
+
+
+@pytest.mark.attack("introductions")
+@pytest.mark.parametrize("name", LIES_OF_TEXTS)
+def test_a_client_that_lies_of_its_texts_is_named_and_left_out(name, tmp_path, caplog):
+    (change, why), experiment = LIES_OF_TEXTS[name], small_on_texts("cse_fsl", rounds=1)
+    history = ask_clients(experiment, Lying(experiment, tmp_path, change), tmp_path / "server")
+    assert_simulated(history, {0: [1]})
+    said = [record.message for record in caplog.records if record.message.startswith("client 1 ")]
+    assert len(said) == 1 and re.search(why, said[0]), caplog.text
+
+
+def test_a_server_that_goes_on_knows_how_long_texts_are(tmp_path):
+    experiment = small_on_texts("fsl_sage", **ADAPTED)
+
+    class Stop(BaseException):
+        pass
+
+    def stop(done):
+        raise Stop
+
+    clients = Clients(experiment, tmp_path)
+    with pytest.raises(Stop):
+        ask_clients(experiment, clients, tmp_path / "server", each_round=stop)
+    assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, clients, tmp_path / "server"))
+    assert clients.asked[-1, 0] == 1
 
 
 @pytest.mark.attack("introductions")
@@ -166,6 +232,49 @@ def test_hostile_numbers_are_named_and_left_out(name, tmp_path, caplog):
     assert_simulated(ask_clients(experiment, clients, tmp_path / "server"), {1: [1]})
     (record,) = caplog.records
     assert re.search(f"^round 1 without client 1: .*{why}", record.message), record.message
+
+
+def in_row(row, change):
+    """Change the targets (row 0) or masks (row 1) of a batch of texts."""
+
+    def spoil(name, labels):
+        labels = labels.clone()
+        labels[:, row] = change(labels[:, row])
+        return labels
+
+    return of("labels", spoil)
+
+
+HOSTILE_ON_TEXTS = {
+    "tokens beyond": (in_row(0, lambda t: t + 10**6), r"labels. are not all from 0 to \d+"),
+    "negative tokens": (in_row(0, lambda t: t - 1), r"labels. are not all from 0 to \d+"),
+    "masks": (in_row(1, lambda t: t + 1), "masks of labels. are not all from 0 to 1"),
+    "huge masks": (in_row(1, lambda t: t * 2**60), "masks of labels. are not all from 0 to 1"),
+    "smashed 1e30": (of("smashed", lambda name, t: torch.full_like(t, 1e30)), "square of 1e.30"),
+    "longer": (of("", lambda name, t: torch.cat([t, t], 1) if name[:2] == "sm" else t), "bytes, where"),
+}
+
+
+@pytest.mark.attack("numbers")
+@pytest.mark.parametrize("name", HOSTILE_ON_TEXTS)
+def test_hostile_numbers_on_texts_are_named_and_left_out(name, tmp_path, caplog):
+    (change, why), experiment = HOSTILE_ON_TEXTS[name], small_on_texts("cse_fsl", rounds=2)
+    history = ask_clients(experiment, Lying(experiment, tmp_path, change, rnd=1), tmp_path / "server")
+    assert_simulated(history, {1: [1]})
+    (record,) = caplog.records
+    assert re.search(f"^round 1 without client 1: .*{why}", record.message), record.message
+
+
+@pytest.mark.parametrize("algorithm", ["fed_avg", "fsl_sage"])
+def test_the_bytes_of_texts_are_bounded_before_they_come(algorithm, tmp_path):
+    experiment = small_on_texts(algorithm, rounds=2, **ADAPTED)
+    clients = Lying(experiment, tmp_path, None, who=-1)
+    ask_clients(experiment, clients, tmp_path / "server")
+    for (rnd, i), ups in clients.sent.items():
+        about = outline_of(clients.data[i])
+        assert rnd < 0 or sum(map(len, ups)) <= due_bytes(experiment, about) == due_bytes(experiment, replace(
+            about, lengths=None
+        ))  # fmt: skip
 
 
 @pytest.mark.attack("numbers")

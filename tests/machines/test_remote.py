@@ -16,7 +16,7 @@ from fsl_sage.machines.flower import GridExchange, opened
 from fsl_sage.machines.mail import Question
 from fsl_sage.machines.messages import MessageError, check, check_numbers, decode, encode
 from fsl_sage.machines.parties import ask_clients
-from tests.support.asking import ASKED_ONCE, Clients, small
+from tests.support.asking import ADAPTED, ASKED_ONCE, Clients, small, small_on_texts
 from tests.support.runs import assert_same
 
 TENSORS = {"smashed.": torch.arange(6.0).view(2, 3), "labels.": torch.tensor([1, 2]), "scale.": torch.tensor(1.0)}
@@ -98,6 +98,48 @@ def test_clients_that_are_asked_end_with_the_history_of_the_simulation(algorithm
     assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, clients, tmp_path / "server"))
     twice = {0, 2} if algorithm == "fsl_sage" else set()  # rounds with alignment
     assert clients.asked == {(rnd, i): 1 + (rnd in twice) for rnd in range(-1, 3) for i in range(2)}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("algorithm", ASKED_ONCE)
+def test_clients_with_texts_end_with_the_history_of_the_simulation(algorithm, adapted, tmp_path):
+    branch = {"algorithm.language_branch": True, "algorithm.max_dataset_size": 12} if algorithm == "fsl_sage" else {}
+    experiment = small_on_texts(algorithm, **(ADAPTED | branch if adapted else {}))
+    simulation = train(experiment, "cpu", progress=False)
+    assert_same(simulation, ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server"))
+    assert "released_bytes" in simulation.rounds
+
+
+def test_lengths_of_texts_are_told_to_the_server_alone_and_only_where_it_needs_them(tmp_path):
+    for algorithm, says in (("fed_avg", False), ("fsl_sage", True)):
+        experiment, told = small_on_texts(algorithm, rounds=1), []
+
+        class Heard(Clients):
+            def answer(self, i, question, told=told):
+                answer = super().answer(i, question)
+                told += [set(decode(up)[0]) for up in answer] if question.round < 0 else []
+                assert not question.everyone or set(decode(question.everyone)[0]) == {"all."}
+                return answer
+
+        ask_clients(experiment, Heard(experiment, tmp_path / algorithm), tmp_path / f"{algorithm}.server")
+        assert told == [{"hello."}, {"lengths."}] * 2 if says else [{"hello."}] * 2
+
+
+def test_frozen_weights_are_those_of_the_server_or_refused(tmp_path):
+    experiment, changed = small_on_texts("fsl_sage", **ADAPTED), []
+
+    class Changed(Clients):
+        def answer(self, i, question):
+            for k, message in enumerate(question.late if question.round == 0 else ()):
+                tensors, _ = decode(message)
+                tensors["client_model.embed.wte.weight"] += 1
+                question.late[k] = encode(tensors)
+                changed.append(i)
+            return super().answer(i, question)
+
+    with pytest.raises(ValueError, match=r"frozen weights .* are others here than at the server"):
+        ask_clients(experiment, Changed(experiment, tmp_path), tmp_path / "server")
+    assert changed == [0]
 
 
 def test_joint_alignment_asks_all_clients_together(tmp_path):

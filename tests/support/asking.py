@@ -26,6 +26,17 @@ def small(algorithm, **changes):
     return preset("smoke", algorithm, **SMALL | OWN.get(algorithm, {}) | changes)
 
 
+TEXTS = {"num_clients": 2, "rounds": 3, "dataset.name": "restaurants", "dataset.max_train": 60, "dataset.max_test": 20}
+TEXTS |= {"model.name": "gpt2_tiny", "model.blocks": 2, "model.width": 16, "model.client.batch_size": 8}
+TEXTS |= {"dataset.size_spread": 0.5}  # unequal clients
+ADAPTED = {"model.adapter": {"rank": 2, "dropout": 0.1}, "model.server.optimizer.name": "adamw"}
+ADAPTED |= {"model.client.optimizer.scheduler": {"name": "warmup_linear", "warmup_steps": 2}}
+
+
+def small_on_texts(algorithm, **changes):
+    return preset("smoke", algorithm, **TEXTS | OWN.get(algorithm, {}) | changes)
+
+
 class Clients:
     """Clients that are asked by function call; each question and each answer can be tampered with."""
 
