@@ -1,5 +1,5 @@
 # Everything from a fresh clone: each target sets up .venv by itself, once.
-# Needs python3 (3.11 to 3.13) with venv, make, and a package index.
+# Needs python3 (3.11 to 3.14) with venv, make, and a package index.
 
 PRESET = quick
 DEVICE = auto
@@ -47,7 +47,7 @@ help:
 
 # Compiled once, here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would compile all it imports.
 .venv/.ready: settings.ini pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "Python 3.11 to 3.14 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'

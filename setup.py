@@ -36,7 +36,7 @@ setup(
         "Programming Language :: Python :: 3 :: Only",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=f">={settings['min_python']},<3.14",
+    python_requires=f">={settings['min_python']},<3.15",
     packages=find_packages(include=["fsl_sage*"]),
     package_data={"fsl_sage": ["py.typed", "embedded/*"]},
     install_requires=settings["requirements"].split(),

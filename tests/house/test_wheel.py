@@ -89,7 +89,7 @@ def test_metadata_is_complete(metadata, settings):
         assert metadata[field], field
     assert (metadata["Name"], metadata["Version"]) == (settings["lib_name"], settings["version"])
     assert metadata["Summary"] == settings["description"]
-    assert metadata["Requires-Python"] in (f">={settings['min_python']},<3.14", f"<3.14,>={settings['min_python']}")
+    assert metadata["Requires-Python"] in (f">={settings['min_python']},<3.15", f"<3.15,>={settings['min_python']}")
     assert metadata["Description-Content-Type"] == "text/markdown" and "## Ten lines" in metadata.get_payload()
     assert len(metadata.get_all("Classifier")) >= 5 and metadata.get_all("Project-URL")
     extras = {name.removesuffix("_requirements") for name in settings if name.endswith("_requirements")}
