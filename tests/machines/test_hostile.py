@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fsl_sage.experiments.checkpoint import CheckpointError, Progress, save_checkpoint
 from fsl_sage.experiments.history import DivergedError
@@ -26,6 +27,7 @@ from fsl_sage.machines.parties import account, answer_question, ask_clients
 from fsl_sage.machines.placed import Outline
 from fsl_sage.machines.remote import due_bytes, outline_of
 from fsl_sage.machines.shares import write_shares
+from fsl_sage.networks.gpt2 import gpt2, weights_in
 from tests.support.asking import ADAPTED, ASKED_ONCE, THREE, Clients, assert_simulated, small, small_on_texts
 from tests.support.runs import assert_same
 
@@ -143,6 +145,36 @@ def test_a_client_that_lies_of_its_texts_is_named_and_left_out(name, tmp_path, c
     assert_simulated(history, {0: [1]})
     said = [record.message for record in caplog.records if record.message.startswith("client 1 ")]
     assert len(said) == 1 and re.search(why, said[0]), caplog.text
+
+
+def weights(folder, seed, vocabulary):
+    """A folder with pretrained weights, found like a data set."""
+    torch.manual_seed(seed)
+    (folder / "gpt2_tiny").mkdir(parents=True)
+    tensors = {name: t.clone() for name, t in gpt2(vocabulary, 128, 16, 4, 2).state_dict().items()}
+    save_file(tensors, folder / "gpt2_tiny" / "model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.attack("introductions")
+def test_a_client_with_other_pretrained_weights_is_named_and_left_out(tmp_path, caplog):
+    experiment = small_on_texts("cse_fsl", rounds=1, **{"model.pretrained": True, "model.adapter": {"rank": 2}})
+
+    class In(Clients):
+        def answer(self, i, question):
+            with weights_in(self.roots[i]):
+                return super().answer(i, question)
+
+    same, other = In(experiment, tmp_path / "a"), In(experiment, tmp_path / "b")
+    one, two = (weights(tmp_path / f"{seed}", seed, same.data[0].num_classes) for seed in (1, 2))
+    same.roots, other.roots = [one, one], [one, two]
+    simulation = train(experiment, "cpu", one, progress=False)
+    history = ask_clients(experiment, same, tmp_path / "server", root=one)
+    assert_same(simulation, history)
+    assert simulation.data == history.data
+    ask_clients(experiment, other, tmp_path / "another", root=one)
+    assert "client 1 has other pretrained weights than the server" in caplog.text
+    assert account(tmp_path / "another", experiment)["absent"] == {"0": [1]}
 
 
 def test_a_server_that_goes_on_knows_how_long_texts_are(tmp_path):
