@@ -13,7 +13,6 @@ _HOMES = {
     "networks.zoo": "split_model",
     "networks.cut": "cut_layers",
     "networks.auxiliary": "auxiliary_for",
-    "networks.decoders": "split_causal_lm",
     "experiments.history": "History",
     "experiments.callbacks": "Callback",
     "experiments.train": "train_state train",

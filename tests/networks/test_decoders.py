@@ -10,11 +10,18 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fsl_sage import Experiment, RunStore, decoder, load_plugins, split_causal_lm, train, vocabulary
+from fsl_sage import Experiment, RunStore, decoder, load_plugins, train, vocabulary
 from fsl_sage.core import refusal, tensor_bytes
 from fsl_sage.experiments.plugins import forget
 from fsl_sage.experiments.train import train_state
-from fsl_sage.networks.decoders import add_adapters, count_blocks, cuts_of, decoder_auxiliary, positions_of
+from fsl_sage.networks.decoders import (
+    add_adapters,
+    count_blocks,
+    cuts_of,
+    decoder_auxiliary,
+    positions_of,
+    split_causal_lm,
+)
 from fsl_sage.networks.gpt2 import Adapter
 from fsl_sage.networks.part import NextToken, Part, server_step
 
