@@ -173,7 +173,7 @@ def test_an_api_page_has_signature_table_and_source(site, window):
     assert "def estimate_cut_grad" in source.locator("pre").last.inner_text()
 
 
-PAGES = ["index", "nbs/35_algorithms.sglr", "gallery", "claims", "api/config.experiment", "figures/sage_alpha"]
+PAGES = ["index", "nbs/36_algorithms.sglr", "gallery", "claims", "api/config.experiment", "figures/sage_alpha"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -185,7 +185,7 @@ def test_nothing_sticks_out_on_a_phone(site, window, page):
 
 def test_dark_where_the_system_is(site, window):
     shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0) / 3"
-    page = (site / "nbs/33_algorithms.sage.html").as_uri()
+    page = (site / "nbs/34_algorithms.sage.html").as_uri()
     window.goto(page)
     assert window.evaluate(shade) > 200
     window.emulate_media(color_scheme="dark")
