@@ -175,8 +175,9 @@ def speed(
 ) -> float:  # FLOP/s of one core
     "Measure what one core reaches with the network and the batch of `run`; of a decoder with its first two blocks."
     model, n, text = run.model, run.model.client.batch_size, MODELS[run.model.name].reads == "text"
-    model = replace(model, blocks=min(2, model.blocks or 2), cut=None) if text else model
-    split, _, shape = networks(model, run.dataset, "fed_avg" if text else run.algorithm.name, n)
+    if text:
+        model = replace(model, blocks=min(2, model.blocks or 2), cut=None, auxiliary=replace(model.auxiliary, blocks=None))
+    split, _, shape = networks(model, run.dataset, run.algorithm.name, n)
     fast_layout(split)
     x, y = example_batch(shape, True, n) if text else (torch.randn(n, *shape), torch.zeros(n, dtype=torch.long))
     criterion = NextToken() if text else F.cross_entropy
