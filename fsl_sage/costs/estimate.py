@@ -176,7 +176,8 @@ def speed(
     "Measure what one core reaches with the network and the batch of `run`; of a decoder with its first two blocks."
     model, n, text = run.model, run.model.client.batch_size, MODELS[run.model.name].reads == "text"
     if text:
-        model = replace(model, blocks=min(2, model.blocks or 2), cut=None, auxiliary=replace(model.auxiliary, blocks=None))
+        aux = replace(model.auxiliary, blocks=None)
+        model = replace(model, blocks=min(2, model.blocks or 2), cut=None, auxiliary=aux)
     split, _, shape = networks(model, run.dataset, run.algorithm.name, n)
     fast_layout(split)
     x, y = example_batch(shape, True, n) if text else (torch.randn(n, *shape), torch.zeros(n, dtype=torch.long))
