@@ -45,7 +45,7 @@ def _reason(error: BrokenProcessPool) -> str:
     "Why a process ended before it had a result."
     if error.__cause__ is not None:  # the traceback of the process, as a text
         lines = str(error.__cause__).strip(' "\n').splitlines()
-        return f"{str(error).split('.')[0]}: {lines[-1] if lines else error.__cause__!r}"
+        return f"{str(error).split('.')[0]}: {lines[-1] if lines else 'no more is known'}"
     codes = re.search(r"\{(.*)\}", str(error))
     said = codes[1] if codes else str(error).splitlines()[0]
     return f"its process was ended from outside ({said}): often for want of memory; fewer jobs need less"
