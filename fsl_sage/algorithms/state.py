@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'LocalData', 'FixedData', 'reads_text', 'criterion_of', 'evaluation_loss', 'example_batch', 'State',
-           'require_all_in_flight', 'trains_on_one', 'own_steps', 'part_options', 'each_its_own', 'init_parts',
-           'uncounted']
+           'require_all_in_flight', 'decoder_of', 'trains_on_one', 'own_steps', 'part_options', 'each_its_own',
+           'init_parts', 'uncounted']
 
 # %% ../../nbs/29_algorithms.state.ipynb #a02d0396
 import math
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .fleet import Fleet, one_part_each
 from .optimisers import make_part
 from ..config.experiment import PLUGGED, Experiment
+from ..config.parts import ModelConfig
 from ..config.settings import record_of
 from ..core import generator, random_stream, require, tensor_bytes
 from ..ledger import Beside
@@ -187,6 +188,24 @@ def _side_by_side(state: State, rnd: int) -> Iterator[tuple[int, list[tuple[int,
         yield s, [(i, *batch[1:]) for i, batch in zip(state.present, batches, strict=True) if batch is not None]
 
 # %% ../../nbs/29_algorithms.state.ipynb #aeba397f
+def decoder_of(
+    model: ModelConfig,  # its name is a language model's
+    vocabulary: int,  # V
+    auxiliary: bool = False,  # whether an auxiliary model is wanted
+) -> tuple[SplitModel, nn.Module | None]:
+    "The language model that is described, cut, and its auxiliary model; they draw from PyTorch's own stream."
+    adapter, own = Adapter(**asdict(model.adapter)) if model.adapter else None, model.auxiliary
+    asked = ("width", "cut", "blocks", "heads", "context", "pretrained")
+    sizes: dict[str, Any] = {name: getattr(model, name) for name in asked}
+    split = split_decoder(model.name, vocabulary, adapter=adapter, **sizes)
+    if not auxiliary:
+        return split, None
+    if own.blocks is None and own.start == "random":
+        return split, auxiliary_model(model.name, split, own.size)
+    blocks = usual_blocks(model.name, split.server, own.blocks)
+    return split, decoder_auxiliary(split.server, blocks, own.start)
+
+
 def _drops(layer: nn.Module) -> bool:
     "Whether the layer leaves numbers out at random in training."
     rates = [value for name, value in vars(layer).items() if name == "p" or name.endswith(("dropout", "dropout_p"))]
@@ -197,17 +216,9 @@ def _fresh_decoder(
     experiment: Experiment, data: Sequence[LocalData], auxiliary: bool, device: torch.device
 ) -> tuple[SplitModel, nn.Module | None, Trial]:
     "`_fresh_models` of a language model. `ValueError` if a text is longer than its context."
-    model, (length,) = experiment.model, data[0].image_shape
-    adapter = Adapter(**asdict(model.adapter)) if model.adapter else None
-    asked = ("width", "cut", "blocks", "heads", "context", "pretrained")
-    sizes: dict[str, Any] = {name: getattr(model, name) for name in asked}
+    (length,) = data[0].image_shape
     with random_stream(generator(experiment.init_seed, "init"), device):
-        split = split_decoder(model.name, data[0].num_classes, adapter=adapter, **sizes)
-        aux, own = None, model.auxiliary
-        if auxiliary and own.blocks is None and own.start == "random":
-            aux = auxiliary_model(model.name, split, own.size)
-        elif auxiliary:
-            aux = decoder_auxiliary(split.server, usual_blocks(model.name, split.server, own.blocks), own.start)
+        split, aux = decoder_of(experiment.model, data[0].num_classes, auxiliary)
     positions = positions_of(split.client)
     fine = f"at least {length} for these texts, or dataset.seq_len at most {positions}"
     require(positions is None or length <= positions, "model.context", positions, fine)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..networks.auxiliary import auxiliary_model
-from ..algorithms.state import example_batch
+from ..algorithms.state import decoder_of, example_batch
 from .table import CountFlops, Costs, costs_of
 from .clock import attendances
 from ..config.parts import DatasetConfig, ModelConfig
@@ -34,11 +34,9 @@ from ..data.batches import ClientData
 from ..data.grammar import TEST_PAIRS, TRAIN_PAIRS
 from ..data.sources import KNOWN, load
 from ..networks.cut import SplitModel
-from ..networks.decoders import decoder_auxiliary, usual_blocks
-from ..networks.gpt2 import Adapter
 from ..networks.layout import fast_layout
 from ..networks.part import NextToken
-from ..networks.zoo import MODELS, split_decoder, split_model
+from ..networks.zoo import MODELS, split_model
 from ..algorithms.record import IN_STEP
 
 # %% ../../nbs/58_costs.estimate.ipynb #68d7e1b5
@@ -68,12 +66,8 @@ def _decoder(
     model: ModelConfig, dataset: DatasetConfig, algorithm: str, batch_size: int
 ) -> tuple[SplitModel, nn.Module | None, tuple[int]]:
     words, length = text_sizes(dataset, batch_size)
-    sizes: dict[str, Any] = {name: getattr(model, name) for name in ("width", "cut", "blocks", "heads", "context")}
-    adapter = Adapter(**asdict(model.adapter)) if model.adapter else None
-    split, aux, own = split_decoder(model.name, words, adapter=adapter, **sizes), None, model.auxiliary
-    if algorithms()[algorithm].auxiliary:
-        aux = decoder_auxiliary(split.server, usual_blocks(model.name, split.server, own.blocks), own.start)
-    return split, aux, (length,)
+    has_one = bool(algorithms()[algorithm].auxiliary)
+    return *decoder_of(replace(model, pretrained=False), words, has_one), (length,)
 
 
 def networks(

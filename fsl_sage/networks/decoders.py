@@ -260,7 +260,7 @@ def _fresh(aux: Any) -> nn.Module:
         parameter.requires_grad_(parameter.requires_grad if frozen else True)
     return aux
 
-
+# %% ../../nbs/18_networks.decoders.ipynb #d16a045f
 def decoder_auxiliary(
     server: nn.Module,  # the server's half of a decoder, ours or Hugging Face's
     blocks: int,  # of the auxiliary model, ≥ 0
@@ -274,7 +274,7 @@ def decoder_auxiliary(
     require(ours, "model.auxiliary.size", "default", fine)
     return gpt2_auxiliary(server, blocks, start)
 
-
+# %% ../../nbs/18_networks.decoders.ipynb #6c008f70
 def count_blocks(
     half: Any,  # the server's half of a decoder, ours or Hugging Face's
 ) -> int:

@@ -10,6 +10,7 @@ __all__ = ['text_dataset', 'Writes', 'beside', 'keep_model', 'trained_decoder', 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.state import reads_text
+from ..algorithms.state import decoder_of, reads_text
 from ..config.experiment import Experiment
 from ..core import held_memory, require, tensor_bytes
 from ..data.scores import scores
@@ -32,8 +33,6 @@ from ..experiments.store import model_of
 from ..experiments.train import train
 from ..networks.cut import SplitModel
 from ..networks.generation import answers
-from ..networks.gpt2 import Adapter
-from ..networks.zoo import split_decoder
 from .plots import paired
 
 # %% ../../nbs/71_papers.written.ipynb #adfd47a1
@@ -114,9 +113,8 @@ def trained_decoder(
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> SplitModel:  # (batch, L) tokens to (batch, L, V) logits; on the CPU
     "The global model of a run."
-    model, words = experiment.model, text_dataset(experiment, root).num_classes
-    sizes: dict[str, Any] = {name: getattr(model, name) for name in ("width", "cut", "blocks", "heads", "context")}
-    split = split_decoder(model.name, words, adapter=Adapter(**vars(model.adapter)) if model.adapter else None, **sizes)
+    words = text_dataset(experiment, root).num_classes
+    split, _ = decoder_of(replace(experiment.model, pretrained=False), words)
     tensors = load_model(store.root, keep_model(experiment, store, device, root))
     for half in (split.client, split.server):
         half.load_state_dict({name: tensors[name] for name in half.state_dict()})
