@@ -312,14 +312,13 @@ def step_beside(args: argparse.Namespace) -> None:
     """What several processes reach together: what `--jobs` is worth."""
     from joblib import Parallel, delayed
 
-    found, seconds = {}, 0.2 if args.tiny else 5.0
-    for precision in ("fp32",) if args.tiny else ("tf32", "fp32"):
-        for jobs in (1, 2) if args.tiny else (1, 3, 6, 10):
-            work = [delayed(steps_per_second)(args.device, precision, seconds, args.tiny)] * jobs
-            rates = Parallel(jobs)(work)
-            found[f"{precision}, {jobs} processes"] = {"steps_per_s": round(sum(rates), 1)}
-            note("beside", found)
-            print(precision, jobs, rates, flush=True)
+    found, seconds = {}, 0.2 if args.tiny else 4.0
+    for jobs in (1, 2) if args.tiny else (1, 6, 12, 3):
+        work = [delayed(steps_per_second)(args.device, args.precision, seconds, args.tiny)] * jobs
+        rates = Parallel(jobs)(work)
+        found[f"{args.precision}, {jobs} processes"] = {"steps_per_s": round(sum(rates), 1)}
+        note("beside", found)
+        print(args.precision, jobs, rates, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- steps that train
@@ -331,8 +330,13 @@ def headline(args: argparse.Namespace) -> list:
 
     methods = ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg")
     released = {"fed_avg": {"algorithm.share_server": True}}
-    own = {"precision": args.precision, "seed": args.seed} | small(args)
-    return [headline_run("published", m, 3 if args.tiny else 0, **own, **released.get(m, {})) for m in methods]
+    rounds = 3 if args.tiny else 0
+    return [headline_run("published", method, rounds, **own(args), **released.get(method, {})) for method in methods]
+
+
+def own(args: argparse.Namespace) -> dict[str, Any]:
+    """The changes of every run of a visit."""
+    return {"precision": args.precision, "seed": args.seed} | small(args)
 
 
 def sglr(args: argparse.Namespace) -> list:
@@ -379,6 +383,39 @@ def step_runs(args: argparse.Namespace, experiments: list) -> None:
     note(args.name, {"asked": [run.hash for run in experiments], "failed": words})
 
 
+def step_speed(args: argparse.Namespace) -> None:
+    """Seconds of each of 12 rounds at the published settings, alone on the device, as they stand and recorded."""
+    import warnings
+
+    from fsl_sage.experiments.callbacks import Callback
+    from fsl_sage.experiments.train import train
+    from fsl_sage.papers.comparison import headline_run
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.last, self.took = time.perf_counter(), []
+
+        def round(self, row: dict[str, Any], models: Any) -> None:
+            self.took += [round(time.perf_counter() - self.last, 4)]
+            self.last = time.perf_counter()
+
+    found: dict[str, Any] = {}
+    data, ways = str(THERE / "data"), (False,) if args.device == "cpu" else (True, False)
+    for name in ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg"):
+        run, histories, row = headline_run("published", name, 2 if args.tiny else 12, **own(args)), [], {}
+        for recorded in ways:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                clock = Clock()
+                histories += [train(run, args.device, data, False, callbacks=[clock], recorded=recorded)]
+            words = [str(warning.message) for warning in caught]
+            row["recorded" if recorded else "eager"] = {"rounds": clock.took, "warned": words}
+        row["far"] = farthest(histories[0], histories[-1])
+        found[name] = row
+        note("speed", found)
+        print(name, row, flush=True)
+
+
 def step_bench(args: argparse.Namespace) -> None:
     """The rows of the benchmark: rounds beside bare compute, and the published settings for two rounds."""
     sys.path[:0] = [str(ROOT / "benchmarks")]
@@ -391,10 +428,11 @@ def step_bench(args: argparse.Namespace) -> None:
 
 TRAINING = {"headline": headline, "sglr": sglr, "precision": precisions}  # step → its runs
 CHECKS = {  # step → its function, its limit in seconds
-    "env": (step_env, 60), "traces": (step_traces, 70), "smoke": (step_smoke, 80), "engine": (step_engine, 60),
-    "recorded": (step_recorded, 60), "beside": (step_beside, 60),
+    "env": (step_env, 60), "traces": (step_traces, 70), "smoke": (step_smoke, 80), "engine": (step_engine, 80),
+    "recorded": (step_recorded, 80), "beside": (step_beside, 80),
 }  # fmt: skip
-TRAINS = {"headline": 420, "sglr": 300, "precision": 240, "bench": 90}  # step → its limit in seconds
+MEASURING = {"speed": step_speed, "bench": step_bench}  # need the data, or the time that is left
+TRAINS = {"headline": 420, "speed": 120, "sglr": 300, "precision": 240, "bench": 90}  # step → its limit in seconds
 
 
 # ---------------------------------------------------------------------------------------------------------- running
@@ -599,7 +637,7 @@ def measure_and_tell() -> None:
     listed = subprocess.run(git, capture_output=True, text=True).stdout.split("\0")
     tree = sum((ROOT / name).stat().st_size for name in set(listed) if name and (ROOT / name).is_file())
     begin = "export PYTHONPATH=$PWD/.visit/common/site PYTHONUNBUFFERED=1; python3 benchmarks/gpu_visit.py"
-    tasks = {"one": ("check --seconds 220", 240), "two": ("train --only headline precision bench --seconds 450", 480),
+    tasks = {"one": ("check --seconds 220", 240), "two": ("train --only headline speed bench --seconds 450", 480),
              "three": ("train --only sglr --seconds 280", 300)}  # fmt: skip
     for part, (words, limit) in tasks.items():
         if not (CARRIED / part).is_dir():
@@ -663,8 +701,8 @@ def step(args: argparse.Namespace) -> None:
     die_with_parent()
     if args.name in TRAINING:
         step_runs(args, TRAINING[args.name](args))
-    elif args.name == "bench":
-        step_bench(args)
+    elif args.name in MEASURING:
+        MEASURING[args.name](args)
     else:
         CHECKS[args.name][0](args)
 
