@@ -38,6 +38,7 @@ CARRIED = Path(os.environ.get("VISIT_CARRIED", ROOT / ".visit"))
 THERE = Path(os.environ.get("VISIT_TMP", "/tmp/visit"))  # on the GPU machine, from one transfer to the next
 OUT = Path(os.environ.get("OUT", ROOT / "benchmarks" / "results" / "visit"))
 STORE = THERE / "runs"
+METHODS = ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg")
 LIMIT = 64 * 2**20  # bytes of a transfer
 MOSAIC, ACROSS = 5000, 50  # images of a mosaic; images side by side
 SECOND = [*(("train", i) for i in range(6, 10)), ("test", 0), ("test", 1)]
@@ -328,15 +329,14 @@ def headline(args: argparse.Namespace) -> list:
     """To 81 %: FSL-SAGE first. FedAvg's own history is SplitFed-MS's; the released one shares a server."""
     from fsl_sage.papers.comparison import headline_run
 
-    methods = ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg")
-    released = {"fed_avg": {"algorithm.share_server": True}}
-    rounds = 3 if args.tiny else 0
-    return [headline_run("published", method, rounds, **own(args), **released.get(method, {})) for method in methods]
+    released, rounds = {"fed_avg": {"algorithm.share_server": True}}, 3 if args.tiny else 0
+    return [headline_run("published", method, rounds, **own(args) | {"seed": seed}, **released.get(method, {}))
+            for seed in args.seeds for method in args.methods]  # fmt: skip
 
 
 def own(args: argparse.Namespace) -> dict[str, Any]:
     """The changes of every run of a visit."""
-    return {"precision": args.precision, "seed": args.seed} | small(args)
+    return {"precision": args.precision, "seed": args.seeds[0]} | small(args)
 
 
 def sglr(args: argparse.Namespace) -> list:
@@ -348,7 +348,7 @@ def sglr(args: argparse.Namespace) -> list:
     settings = [(power, 0) for power in (0, 0.5, 1, 1.5, 2)] + [(1, phi) for phi in (0.5, 1)]
     clients = (2,) if args.tiny else (6, 8, 10)
     return [
-        preset("published", "sglr", seed=args.seed, precision=args.precision, num_clients=n, **size,
+        preset("published", "sglr", seed=args.seeds[0], precision=args.precision, num_clients=n, **size,
                **{"algorithm.lr_power": power, "algorithm.active_fraction": phi})
         for n in clients for power, phi in (settings[:1] if args.tiny else settings)
     ]  # fmt: skip
@@ -378,7 +378,9 @@ def step_runs(args: argparse.Namespace, experiments: list) -> None:
     from fsl_sage.experiments.provenance import provenance
 
     (THERE / "machine.json").write_text(json.dumps(provenance(args.device)))  # for runs that are cut short
-    failed = train_missing(STORE, experiments, args.device, str(THERE / "data"), True, args.jobs)
+    data, stored = str(THERE / "data"), json.loads((THERE / "data" / "commit.json").read_text())["stored"]
+    experiments = [run for run in experiments if run.hash not in stored]
+    failed = train_missing(STORE, experiments, args.device, data, True, args.jobs, recorded=args.recorded)
     words = {f"{run.algorithm.name} {run.hash}": f"{type(e).__name__}: {e}" for run, e in failed.items()}
     note(args.name, {"asked": [run.hash for run in experiments], "failed": words})
 
@@ -399,21 +401,22 @@ def step_speed(args: argparse.Namespace) -> None:
             self.took += [round(time.perf_counter() - self.last, 4)]
             self.last = time.perf_counter()
 
-    found: dict[str, Any] = {}
-    data, ways = str(THERE / "data"), (False,) if args.device == "cpu" else (True, False)
-    for name in ("fsl_sage", "cse_fsl", "sl_multi_server", "sl_single_server", "fed_avg"):
-        run, histories, row = headline_run("published", name, 2 if args.tiny else 12, **own(args)), [], {}
-        for recorded in ways:
+    found: dict[str, Any] = {method: {} for method in args.methods}
+    runs = {method: headline_run("published", method, 2 if args.tiny else 12, **own(args)) for method in args.methods}
+    histories: dict[str, Any] = {}
+    for recorded in (False,) if args.device == "cpu" else (True, False):
+        for method, run in runs.items():
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 clock = Clock()
-                histories += [train(run, args.device, data, False, callbacks=[clock], recorded=recorded)]
-            words = [str(warning.message) for warning in caught]
-            row["recorded" if recorded else "eager"] = {"rounds": clock.took, "warned": words}
-        row["far"] = farthest(histories[0], histories[-1])
-        found[name] = row
-        note("speed", found)
-        print(name, row, flush=True)
+                there = train(run, args.device, str(THERE / "data"), False, callbacks=[clock], recorded=recorded)
+            row = {"rounds": clock.took, "warned": [str(warning.message) for warning in caught]}
+            found[method]["recorded" if recorded else "eager"] = row
+            if method in histories:
+                found[method]["far"] = farthest(histories[method], there)
+            histories[method] = there
+            note("speed", found)
+            print(method, "recorded" if recorded else "eager", row, flush=True)
 
 
 def step_bench(args: argparse.Namespace) -> None:
@@ -469,8 +472,9 @@ def die_with_parent() -> None:
 
 
 def options(args: argparse.Namespace) -> list[str]:
-    words = ["--device", args.device, "--precision", args.precision, "--seed", str(args.seed), "--jobs", str(args.jobs)]
-    return words + ["--tiny"] * args.tiny
+    words = ["--device", args.device, "--precision", args.precision, "--jobs", str(args.jobs)]
+    words += ["--seeds", *map(str, args.seeds), "--methods", *args.methods]
+    return words + ["--tiny"] * args.tiny + ["--recorded"] * args.recorded
 
 
 def run_steps(args: argparse.Namespace, limits: dict[str, float], name: str, busy: Callable[[], None]) -> None:
@@ -628,7 +632,15 @@ def pack_program(common: Path) -> None:
     dirty = subprocess.run([*git, "status", "--porcelain", "--", "fsl_sage"], capture_output=True, text=True).stdout
     if dirty.strip():
         print("fsl_sage has changes that are in no commit: the runs will not say which commit made them")
-    (common / "commit.json").write_text(json.dumps({"commit": None if dirty.strip() else commit or None}))
+    packed = {"commit": None if dirty.strip() else commit or None, "stored": stored_here()}
+    (common / "commit.json").write_text(json.dumps(packed))
+
+
+def stored_here() -> list[str]:
+    """The runs that need no training there."""
+    from fsl_sage.experiments.provenance import store_root
+
+    return sorted(path.name for path in store_root().glob("*") if re.fullmatch("[0-9a-f]{16}", path.name))
 
 
 def measure_and_tell() -> None:
@@ -726,13 +738,16 @@ def main() -> None:
             add("name", choices=[*CHECKS, *TRAINS])
         add("--device", default="cuda")
         add("--precision", default="tf32", help="of the steps headline, sglr and bench (default: %(default)s)")
-        add("--seed", type=int, default=200)
+        add("--seeds", type=int, nargs="+", default=[200], help="of the step headline; others take the first")
+        add("--methods", nargs="+", default=list(METHODS), help="of the steps headline and speed")
+        add("--recorded", action="store_true", help="play the steps of training from CUDA graphs")
         add("--jobs", type=int, default=6, help="runs at a time (default: %(default)s)")
         add("--tiny", action="store_true", help="everything small, to try the program on a CPU")
         add("--seconds", type=float, default=220, help="for all steps together (default: %(default)s)")
         add("--only", nargs="*", default=[], metavar="STEP", help="only these steps")
     args = parser.parse_args()
     if args.command in ("check", "train", "step"):
+        os.environ["GIT_DIR"] = os.devnull  # a repository there says nothing of what was packed; `home` knows it
         args.until = time.monotonic() + args.seconds
         OUT.mkdir(parents=True, exist_ok=True)
         THERE.mkdir(parents=True, exist_ok=True)

@@ -161,6 +161,7 @@ def _train_and_put(
     wait: bool = True,  # while another process is at it
     callbacks: Sequence[Callback] = (),
     jobs: int = 1,  # runs side by side, of which this is one
+    recorded: bool = False,  # play the steps from CUDA graphs; needs a GPU
 ) -> bool:  # False: another process is at it
     "Train `experiment` and store the run, unless it is there. `DivergedError` says where the rounds before are."
     config = experiment.dataset
@@ -174,7 +175,7 @@ def _train_and_put(
             if not held:
                 return False
             if run_name(store, experiment, data) == name:  # while we waited, a run of other data may have come there
-                _train_here(experiment, store, name, data, device, root, progress, callbacks, jobs)
+                _train_here(experiment, store, name, data, device, root, progress, callbacks, jobs, recorded)
                 return True
 
 
@@ -188,6 +189,7 @@ def _train_here(
     progress: bool,
     callbacks: Sequence[Callback],
     jobs: int,  # runs side by side
+    recorded: bool,  # play the steps from CUDA graphs
 ) -> None:
     "`_train_and_put`, under the run's lock."
     folder, aside = store / name, store / "diverged" / name
@@ -200,13 +202,14 @@ def _train_here(
     place = folder
     forget_peak_memory()
     try:
-        history = train(experiment, device, root, progress, checkpoint=checkpoint, callbacks=[extras], data=data)
+        history = train(experiment, device, root, progress, None, checkpoint, [extras], data, recorded)
     except DivergedError as error:
         history, place = error.history, aside
         notes |= {"error": str(error)}
     if history.stopped == "callback":
         extras.finish(device)
         raise stopped_by_callback(history, extras.why)
+    notes |= {"recorded": True} if recorded else {}
     notes |= {"core_seconds": history.core_seconds, "jobs": jobs, "peak_bytes": peak_memory(), "data": history.data}
     with telling([extras], choose_device(device)):
         put_run(place, history, provenance(device, history.seconds) | notes)

@@ -127,6 +127,7 @@ def _train_all(
     progress: bool,
     jobs: int,  # runs at a time
     callbacks: Sequence[Callback],
+    recorded: bool,  # play the steps from CUDA graphs
 ) -> dict[Experiment, Exception]:  # those that failed
     "Train all of `missing`: first what nobody is at, then what other processes were at."
     failed: dict[Experiment, Exception] = {}
@@ -137,7 +138,7 @@ def _train_all(
             if not missing:
                 break
             busy = []
-            others = store, device, root, progress and jobs == 1, wait, callbacks, jobs
+            others = store, device, root, progress and jobs == 1, wait, callbacks, jobs, recorded
             work = (delayed(attempt_run)(run, *others) for run in missing)
             for experiment, done, error in side_by_side(work, jobs, _lost):
                 busy += [] if done else [experiment]
@@ -157,6 +158,7 @@ def train_missing(
     progress: bool = True,  # show bars
     jobs: int | None = None,  # runs at a time; None: `default_jobs`
     callbacks: Sequence[Callback] = (),  # told of the rounds that are trained
+    recorded: bool = False,  # play the steps from CUDA graphs; needs a GPU
 ) -> dict[Experiment, Exception]:  # those that failed, and why
     "Train what is missing of `experiments`, each stored as it finishes."
     failed: dict[Experiment, Exception] = {}
@@ -168,5 +170,6 @@ def train_missing(
             failed[experiment] = error
     if missing:
         check_writable(store)
-        failed |= _train_all(missing, store, device, root, progress, jobs or default_jobs(device), callbacks)
+        jobs = jobs or default_jobs(device)
+        failed |= _train_all(missing, store, device, root, progress, jobs, callbacks, recorded)
     return failed
