@@ -377,7 +377,8 @@ def step_runs(args: argparse.Namespace, experiments: list) -> None:
     from fsl_sage.experiments.pool import train_missing
     from fsl_sage.experiments.provenance import provenance
 
-    (THERE / "machine.json").write_text(json.dumps(provenance(args.device)))  # for runs that are cut short
+    made_with = provenance(args.device) | ({"recorded": True} if args.recorded else {})
+    (THERE / "machine.json").write_text(json.dumps(made_with))  # for runs that are cut short
     data, stored = str(THERE / "data"), json.loads((THERE / "data" / "commit.json").read_text())["stored"]
     experiments = [run for run in experiments if run.hash not in stored]
     failed = train_missing(STORE, experiments, args.device, data, True, args.jobs, recorded=args.recorded)
@@ -669,13 +670,12 @@ def finish(head: dict[str, Any], made_with: dict[str, Any], folder: Path) -> str
     from fsl_sage.config.experiment import from_dict
     from fsl_sage.experiments.history import ALIGNMENT_COLUMNS, History
     from fsl_sage.experiments.store import put_run, run_lock
+    from fsl_sage.experiments.stored import can_be_shorter
     from fsl_sage.ledger import Ledger, Transfer
 
     whole, done, ledger = from_dict(head["experiment"]), head["progress"], Ledger()
-    rates = whole.model.client.optimizer, whole.model.server.optimizer
-    phased = getattr(whole.algorithm, "average_phase", "full") != "full"
-    if any(rate.scheduler for rate in rates) or phased or whole.eval_every > 1:
-        return "dropped: fewer rounds would be another experiment, its rates follow from the number of rounds"
+    if not can_be_shorter(whole):
+        return "dropped: fewer rounds would be another experiment, what a round does follows from their number"
     if not done["rounds"]:
         return "dropped: no round was finished"
     for *fields, n in head["ledger"]:

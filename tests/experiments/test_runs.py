@@ -988,3 +988,16 @@ def test_options_that_stored_runs_do_not_heed_are_said(tmp_path, monkeypatch, ca
     assert all(
         f"{word}: of no effect on stored runs" in said for word in ["device=cpu", "resume=False", "log=[tensorboard]"]
     )
+
+
+def test_a_run_that_was_cut_short_stands_in_for_the_whole(tmp_path):
+    """Of several the longest; not where what a round does follows from their number."""
+    store, tiny = RunStore(tmp_path), {"num_clients": 2, "dataset.max_train": 64, "dataset.max_test": 32}
+    one, two, five = (preset("smoke", "cse_fsl", rounds=n, **tiny) for n in (1, 2, 5))
+    falling = {f"model.{part}.optimizer.scheduler": {"name": "fraction"} for part in ("client", "server", "auxiliary")}
+    for run in (one, two, two.replace(**falling)):
+        store.save(training.train(run, "cpu", progress=False), device="cpu")
+    assert store.longest([five, five.replace(seed=7)]) == [two]
+    assert store.longest([one, five]) == [one, two]  # a stored run comes before its beginnings
+    assert store.longest([five.replace(**falling), five.replace(eval_every=2)]) == []
+    assert store.longest([five.replace(**{"algorithm.server_update_interval": 3})]) == []
