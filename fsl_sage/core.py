@@ -265,11 +265,15 @@ def weighted_average(
         different = [name for name in state if i and (name not in total or total[name].shape != state[name].shape)]
         alike = not different and (not i or len(state) == len(total))
         require(alike, "states", different, "models with the same names and shapes")
+        entries = dict(state)
         for name, entry in state.items():
             if not (entry.is_floating_point() or entry.is_complex()):
                 count = (entry.cpu() if entry.device.type == "mps" else entry).to(torch.int64)
-                entry = (count - first.setdefault(name, count.clone())).double()
-            total[name] = total[name] + entry * weight if i else entry * weight
+                entries[name] = (count - first.setdefault(name, count.clone())).double()
+        terms = list(torch._foreach_mul(list(entries.values()), weight) if entries else [])  # few launches on a GPU
+        if i and entries:
+            terms = list(torch._foreach_add([total[name] for name in entries], terms))
+        total = dict(zip(entries, terms, strict=True))
         like = {name: entry for name, entry in state.items() if name in first}
     return total | {name: _whole(first[name], total[name]).to(like[name]) for name in first}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'MOST_ROWS', 'MOST_COLUMNS', 'NOT_SHOWN', 'LATER', 'BLOCK', 'TEXTS', 'shown', 'over_seeds', 'Gallery',
-           'words', 'costs', 'cost_table', 'statements', 'tested', 'counted', 'headline', 'block', 'rendered',
+           'words', 'costs', 'cost_table', 'statements', 'tested', 'counted', 'headline', 'on_gpu', 'block', 'rendered',
            'render_texts']
 
 # %% ../../nbs/74_papers.texts.ipynb #0dc4d5b3
@@ -232,6 +232,27 @@ def headline(
         "theirs": " < ".join(sorted(paper, key=paper.get)),
     }  # fmt: skip
 
+# %% ../../nbs/74_papers.texts.ipynb #595b21d4
+def on_gpu(
+    gallery: Gallery,
+) -> dict[str, Any]:  # the visit's own words; rows of work by precision; rows of methods
+    "What a visit to a GPU measured: milliseconds of each kind of work, seconds of three rounds, as is and recorded."
+    visit = json.loads((gallery.folder.parents[1] / "benchmarks" / "gpu_h200.json").read_text("utf-8"))
+    kinds = dict.fromkeys(name.split(" ", 1)[1].rsplit(", ", 1)[0] for name in visit["engine"])
+    work = []
+    for kind in kinds:
+        for precision in ("fp32", "tf32", "bf16"):
+            eager, recorded = (visit["engine"][f"{precision} {kind}, {how}"] for how in ("eager", "recorded"))
+            work.append({"work": kind, "precision": precision, "eager, ms": eager["ms"], "recorded, ms": recorded["ms"],
+                         "on the GPU itself, ms": eager["device_ms"], "kernels": eager["kernels"]})  # fmt: skip
+    methods = [
+        {"method": LABELS[name], "eager, s": row["eager"]["seconds"], "recorded, s": row["recorded"]["seconds"],
+         "largest difference of a loss": row["far"]}
+        for name, row in visit["recorded"].items()
+    ]  # fmt: skip
+    return visit | {"work": pd.DataFrame(work), "methods": pd.DataFrame(methods)}
+
+
 # %% ../../nbs/74_papers.texts.ipynb #7fd07509
 BLOCK = re.compile(r"(<!-- gallery: (\w+) -->\n).*?(<!-- /gallery -->)", re.S)
 TEXTS = ("README.md", "docs/*.md")  # files that may have blocks
@@ -247,7 +268,8 @@ def block(
     environment = Environment(loader=FileSystemLoader(templates), undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)  # Markdown: nothing is escaped  # fmt: skip
     environment.filters |= {"number": number, "duration": duration, "shown": shown, "over_seeds": over_seeds}
-    names = {"statements": statements, "tested": tested, "headline": headline, "costs": costs, "counted": counted}
+    names = {"statements": statements, "tested": tested, "headline": headline, "costs": costs, "counted": counted,
+             "on_gpu": on_gpu, "as_markdown": as_markdown}  # fmt: skip
     try:
         return environment.get_template(f"{name}.md.j2").render(gallery=gallery, **names).strip() + "\n"
     except Exception as error:  # of any kind: a template asks for what a table of another version does not have
