@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .standing import VERSUS, gather, settings_tested
+from .standing import PUBLISHED, VERSUS, gather, settings_tested
 from .claims import published
 from ..core import atomic_path, one_of, require
 from .plots import interval, median_reach, paired
@@ -89,7 +89,7 @@ class Gallery:
         folder: Path,
         notebooks: Path,  # folder with the figure notebooks
     ):
-        self.folder = folder
+        self.folder, self.root = folder, notebooks
         self.notebooks = {path.stem: path for path in sorted(notebooks.glob("*.ipynb"))}
 
     def facts(self, figure: str) -> dict[str, Any]:
@@ -128,6 +128,11 @@ class Gallery:
             elif len(table) <= MOST_ROWS and len(table.columns) <= MOST_COLUMNS:
                 found[name] = as_markdown(table.rename(columns=words).set_index(words(table.columns[0])))
         return found
+
+    @property
+    def at_published_setting(self) -> "Gallery":
+        "The gallery in this one that shows runs at the published setting."
+        return Gallery(self.folder / PUBLISHED, self.root)
 
     @cached_property
     def ledger(self) -> pd.DataFrame:
