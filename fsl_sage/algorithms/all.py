@@ -13,6 +13,7 @@ from .baselines import CENTRALISED, CSE_FSL, FED_AVG, PSL, SFL, SPLITFED_MS, SPL
 from .controls import FIXED_AUXILIARY, FROZEN_CLIENT, TRUE_GRADIENT
 from .record import Algorithm
 from .sage import SAGE
+from .sage_split_lr import SAGE_SPLIT_LR
 from .sglr import SGLR
 
 # %% ../../nbs/37_algorithms.all.ipynb #f2d55660
@@ -20,7 +21,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     record.name: record
     for record in (
         CENTRALISED, FED_AVG, SPLITFED_SS, SPLITFED_MS, CSE_FSL, FROZEN_CLIENT, FIXED_AUXILIARY, TRUE_GRADIENT, SAGE,
-        SSL, PSL, SFL, SGLR,
+        SAGE_SPLIT_LR, SSL, PSL, SFL, SGLR,
     )
 }  # by name  # fmt: skip
 LABELS = {name: record.label or name for name, record in ALGORITHMS.items()}  # what legends call them

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.experiments.plugin_files import load_plugins
 from fsl_sage.experiments.plugins import forget
 from fsl_sage.experiments.train import train
@@ -96,7 +97,7 @@ def test_clients_that_are_asked_end_with_the_history_of_the_simulation(algorithm
     experiment = small(algorithm, **{"model.client.optimizer.scheduler": STEPS})
     clients = Clients(experiment, tmp_path)
     assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, clients, tmp_path / "server"))
-    twice = {0, 2} if algorithm == "fsl_sage" else set()  # rounds with alignment
+    twice = {0, 2} if ALGORITHMS[algorithm].cost.aligned else set()  # rounds with alignment
     assert clients.asked == {(rnd, i): 1 + (rnd in twice) for rnd in range(-1, 3) for i in range(2)}
 
 

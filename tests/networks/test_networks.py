@@ -162,7 +162,7 @@ def lines(*layers, first=None):
 
 
 def own(name, algorithm="fed_avg", **changes):
-    aux = {"model.auxiliary.size": "first_layers"} if algorithm in ("fsl_sage", "cse_fsl", "fixed_auxiliary") else {}
+    aux = {"model.auxiliary.size": "first_layers"} if ALGORITHMS[algorithm].auxiliary else {}
     small = {"dataset.max_train": 60, "dataset.val_size": 0, "dataset.max_test": 20, "rounds": 1, "model.width": 4}
     small |= {"dataset.distribution": "iid", "model.name": name}
     return preset("smoke", algorithm, **small | aux | changes)
@@ -265,7 +265,7 @@ def test_a_frozen_half_stays_and_the_other_is_trained(network, algorithm, frozen
         before, after = (model[half].state_dict() for model in parts)
         stays = half == frozen or (half == "client" and algorithm == "frozen_client")
         assert all(torch.equal(before[name], after[name]) for name in before) == stays, half
-    without = ("centralised", "fed_avg", "cse_fsl", "fsl_sage", "fixed_auxiliary", "frozen_client")
+    without = ("centralised", "fed_avg", "cse_fsl", "fsl_sage", "sage_split_lr", "fixed_auxiliary", "frozen_client")
     assert ("cut_grad" in set(done[0].ledger.kind)) == (frozen == "server" and algorithm not in without)
 
 
