@@ -96,10 +96,18 @@ class Algorithm(NamedTuple):
     warm_up: str = ""  # the algorithm whose round is made in rounds before round 0
     order: str = SIDE_BY_SIDE  # or IN_TURN, IN_STEP
     cost: RoundCost | None = None  # None: not known; then there is no simulated clock
+    u_shaped: RoundCost | None = None  # likewise where labels stay at the clients (model.head_cut); None: they cannot
     asked_once: bool = False  # a client needs no answer within a round, so it may be asked once a round
     alone: bool = False  # there is one client, with all data
     control: bool = False  # not a method, but what methods are held against
     presets: Mapping[str, Mapping[str, Any]] = PRESETS  # preset → fields by dotted name
+
+    def cost_of(
+        self,
+        experiment: Experiment,
+    ) -> RoundCost | None:
+        "What a round costs, by where its labels are."
+        return self.cost if experiment.model.head_cut is None else self.u_shaped
 
     def round_at(
         self,

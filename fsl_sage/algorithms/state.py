@@ -11,7 +11,7 @@ __all__ = ['NAMES', 'LocalData', 'FixedData', 'reads_text', 'criterion_of', 'eva
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from ..config.settings import record_of
 from ..core import generator, random_stream, require, tensor_bytes
 from ..ledger import Beside
 from ..networks.auxiliary import FIRST_LAYERS, auxiliary_for, auxiliary_model
-from ..networks.cut import SplitModel
+from ..networks.cut import SplitModel, evaluated, with_head
 from ..networks.decoders import decoder_auxiliary, positions_of, usual_blocks
 from ..networks.gpt2 import DECODERS, Adapter, blocks_of, released_bytes
 from ..networks.layout import fast_layout
@@ -253,6 +253,10 @@ def _fresh_models(
     ours = model.name in OURS and ("auxiliary", f"{model.name}/{size}") not in PLUGGED
     if aux is not None and not ours:
         trial = try_parts(split, aux, shape, classes, record_of(experiment).auxiliary == "gradient", who)
+    if model.head_cut is not None:
+        split = with_head(split, model.head_cut, evaluated(split.client, torch.zeros(2, *shape)))
+        drawing = trial.drawing | ({"client"} if "server" in trial.drawing else set())  # the head may draw
+        trial = replace(trial, drawing=frozenset(drawing))
     return split, aux, trial
 
 # %% ../../nbs/29_algorithms.state.ipynb #ceb03049

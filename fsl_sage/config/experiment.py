@@ -32,7 +32,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 LATER_FIELDS = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
-    "model.auxiliary.budget_mb": 8.5, "model.cut": None,
+    "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.head_cut": None,
     "model.adapter": None, "model.blocks": None, "model.heads": None, "model.context": None,
     "model.pretrained": False,
     "model.auxiliary.blocks": None, "model.auxiliary.start": "random",
@@ -140,6 +140,18 @@ def _settle(experiment: Experiment) -> None:
     _settle_participation(experiment)
     _settle_parts(experiment)
 
+# %% ../../nbs/25_config.experiment.ipynb #0be3ad7c
+def _settle_head(experiment: Experiment) -> None:
+    "Refuse labels that stay at the clients where the server needs them, or where there is no server that would."
+    record, head = record_of(experiment), experiment.model.head_cut
+    if head is None or record.u_shaped:
+        return
+    why = "whose server computes losses of its own and needs the labels for that"
+    if record.cost is not None and "smashed" not in record.cost.up:
+        why = "whose labels never leave the client"
+    able = ", ".join(name for name, other in algorithms().items() if other.u_shaped)
+    require(False, "model.head_cut", head, f"None for {record.name!r}, {why}; {able} leave it with the client")
+
 # %% ../../nbs/25_config.experiment.ipynb #e24ebbb8
 def _settle_parts(experiment: Experiment) -> None:
     "Refuse what algorithm and network cannot do together; find the plug-ins whose parts are used."
@@ -150,6 +162,7 @@ def _settle_parts(experiment: Experiment) -> None:
                f"model.auxiliary.size={FIRST_LAYERS}"  # fmt: skip
         has_one = model.name in AUXILIARIES or model.auxiliary.size == FIRST_LAYERS
         require(has_one, "model.name", model.name, fine)
+    _settle_head(experiment)
     _settle_text(experiment)
     experiment.algorithm.follow(experiment)
     parts = [("dataset", experiment.dataset.name), ("model", model.name), ("algorithm", name)]

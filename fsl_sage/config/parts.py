@@ -186,6 +186,7 @@ class ModelConfig:
     blocks: int | None = None  # of a decoder; None: as published, likewise below
     heads: int | None = None  # of each block's attention
     context: int | None = None  # positions it knows
+    head_cut: str | None = None  # the server's last layer; the layers after it and the labels stay with the client
     pretrained: bool = False  # of a decoder: whether it starts from a file of weights (`networks.gpt2.find_weights`)
 
     def __post_init__(self):
@@ -198,6 +199,9 @@ class ModelConfig:
         if MODELS[self.name].reads != "text":
             forget(self, "adapter", "blocks", "heads", "context", "pretrained")
             object.__setattr__(self, "auxiliary", replace(self.auxiliary, blocks=None, start="random"))
+        images = MODELS[self.name].reads == "images"
+        fine = "None for a network that reads text, whose labels are the text itself"
+        require(self.head_cut is None or images, "model.head_cut", self.head_cut, fine)
         fine = f"False: the function that builds {self.name!r} loads its weights"
         require(not self.pretrained or self.name in DECODERS, "model.pretrained", True, fine)
         if self.cut == MODELS[self.name].cut_layer:

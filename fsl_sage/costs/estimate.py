@@ -33,7 +33,7 @@ from ..core import arithmetic, held_memory, one_of, tensor_bytes
 from ..data.batches import ClientData
 from ..data.grammar import TEST_PAIRS, TRAIN_PAIRS
 from ..data.sources import KNOWN, load
-from ..networks.cut import SplitModel
+from ..networks.cut import SplitModel, evaluated, with_head
 from ..networks.layout import fast_layout
 from ..networks.part import NextToken
 from ..networks.zoo import MODELS, split_model
@@ -83,6 +83,8 @@ def networks(
     channels = 3 if dataset.rgb32 else known.channels
     size = 32 if channels == 3 else 28
     split = split_model(model.name, channels, known.num_classes, size, model.width, model.cut)
+    if model.head_cut is not None:
+        split = with_head(split, model.head_cut, evaluated(split.client, torch.zeros(2, channels, size, size)))
     has_one = algorithms()[algorithm].auxiliary
     aux = auxiliary_model(model.name, split, model.auxiliary.size) if has_one else None
     return split, aux, (channels, size, size)

@@ -22,6 +22,7 @@ from ..config.settings import record_of
 from ..core import arithmetic, generator, random_stream, tensor_bytes
 from ..networks.auxiliary import estimate_cut_grad
 from ..networks.layout import SmallMapConv2d
+from ..networks.cut import Ends
 from ..networks.part import NextToken
 
 # %% ../../nbs/38_costs.table.ipynb #ea54503f
@@ -57,6 +58,7 @@ class Costs(NamedTuple):
     target: float = 0  # the true gradient at the cut, for an alignment
     alignment: float = 0  # a pass of an alignment
     smashed: float = 0  # bytes of one sample at the cut
+    features: float = 0  # of one sample at the second cut, where labels stay at the client; then `client` has the head
     client_bytes: float = 0  # bytes of the client's model
     statistics: int = 0  # bytes of its buffers: BatchNorm's statistics
     server_bytes: float = 0  # of the server's
@@ -76,6 +78,24 @@ def _auxiliary_costs(
         "estimate": _flops(lambda: estimate_cut_grad(aux, smashed, y, criterion=criterion), len(x)),
         "alignment": _flops(align, len(x)),
     }  # fmt: skip
+
+# %% ../../nbs/38_costs.table.ipynb #cd0043d4
+def _u_shaped_costs(
+    client: Ends, server: nn.Module, x: Tensor, smashed: Tensor, y: Tensor, criterion: Callable[..., Tensor]
+) -> dict[str, float]:
+    "The fields of `Costs` that are others where the client has both ends."
+    features = server(smashed).detach()
+
+    def ends() -> None:
+        criterion(client.head(features.clone().requires_grad_()), y).backward()
+        if (lower := client(x)).requires_grad:
+            lower.sum().backward()
+
+    return {
+        "client": _flops(ends, len(x)),
+        "exact": _flops(lambda: server(smashed.clone().requires_grad_()).sum().backward(), len(x)),
+        "features": tensor_bytes(features) // len(x),
+    }
 
 # %% ../../nbs/38_costs.table.ipynb #73955e99
 def _plain(model: nn.Module) -> nn.Module:
@@ -100,6 +120,9 @@ def _counted(
     def step(network: Callable, x: Tensor) -> float:
         return _flops(lambda: backward(criterion(network(x), y)), n)
 
+    middle, ends = server, isinstance(client, Ends)
+    server = nn.Sequential(server, client.head) if ends else server
+
     counted: dict[str, Any] = {
         "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: backward(client(x).sum()), n),
         "forward": _flops(lambda: client(x), n),
@@ -107,6 +130,8 @@ def _counted(
         "target": _flops(lambda: estimate_cut_grad(server, smashed, y, criterion=criterion), n),
         "smashed": tensor_bytes(smashed) // n, "statistics": tensor_bytes(dict(client.named_buffers())),
     }  # fmt: skip
+    if ends:
+        counted |= _u_shaped_costs(client, middle, x, smashed, y, criterion)
     if aux is not None:
         counted |= _auxiliary_costs(client, aux, x, smashed, y, criterion)
     return Costs(**counted)
@@ -171,7 +196,7 @@ def work_of(
 ) -> Work:
     "What a client does in a round; of an alignment all passes."
     settings, batches = experiment.algorithm, batch_sizes(experiment, samples)
-    cost = record_of(experiment).at(rnd).cost
+    cost = record_of(experiment).at(rnd).cost_of(experiment)
 
     def total(amounts: Mapping[str, Amount]) -> float:
         return sum(getattr(costs, name) * amount.of(settings, batches) for name, amount in amounts.items())

@@ -19,7 +19,7 @@ from ..config.experiment import Experiment
 from ..core import require
 from .store import check_writable, model_of
 from .attempt import run_name
-from ..networks.cut import SplitModel
+from ..networks.cut import Ends, SplitModel
 from .callbacks import Callback, Models, RunStart
 from .history import History
 
@@ -28,7 +28,9 @@ def whole_state(
     split: nn.Module,  # in two parts, `client` and `server`
 ) -> dict[str, Tensor]:  # on the CPU, as `module.state_dict()` of the network that was cut
     "Copies of both halves' parameters and buffers under the names they had before the cut."
-    tensors = split.get_submodule("client").state_dict() | split.get_submodule("server").state_dict()
+    client, server = split.get_submodule("client"), split.get_submodule("server")
+    parts = [client.bottom, server, client.head] if isinstance(client, Ends) else [client, server]
+    tensors = {name: tensor for part in parts for name, tensor in part.state_dict().items()}
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 # %% ../../nbs/56_experiments.models.ipynb #ba0eb786

@@ -173,6 +173,8 @@ def check_remote(experiment: Experiment) -> None:
     name, alone = experiment.algorithm.name, record_of(experiment).alone
     require(not alone, "algorithm.name", name, "one with clients, to run between machines")
     require(experiment.clock is None, "clock", experiment.clock, "left out between machines, where time is real")
+    fine = "left out between machines, where a place has one part of a network and a client would have two"
+    require(experiment.model.head_cut is None, "model.head_cut", experiment.model.head_cut, fine)
     experiment.algorithm.between_machines()
 
 # %% ../../nbs/78_machines.remote.ipynb #556123a2

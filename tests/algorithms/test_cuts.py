@@ -6,11 +6,18 @@ import pandas as pd
 import pytest
 import torchvision.models as zoo
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.commands.train import main
 from fsl_sage.commands.words import jobs_of
 from fsl_sage.config.presets import preset
-from fsl_sage.experiments.train import train
+from fsl_sage.config.settings import record_of
+from fsl_sage.costs.clock import simulated_seconds
+from fsl_sage.experiments.models import whole_state
+from fsl_sage.experiments.setup import register_of, set_up
+from fsl_sage.experiments.train import train, train_state
+from fsl_sage.networks.zoo import MODELS
 from fsl_sage.papers.explore import explore
+from tests.support.runs import assert_same, stopped_after, tiny
 
 SMALL = {
     "num_clients": 3, "rounds": 2, "dataset.max_train": 96, "dataset.max_test": 50, "model.width": 4,
@@ -75,3 +82,87 @@ def test_the_command_line_sweeps_over_cuts(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out
     stored = [json.loads(file.read_text()) for file in tmp_path.glob("*/config.json")]
     assert {run["model"].get("cut") for run in stored} == {"layer1", None, "layer3"}, told
+
+
+# Labels stay at the client.
+
+TWO_CUTS = {
+    "simple_conv": (("conv1", "norm2"), ("flatten", "relu4")),
+    "resnet18": (("relu", "layer4"), ("layer2.0", "layer3")),
+    "resnet56": (("layer2", "avgpool"),),
+    "alexnet": (("conv1", "relu7"),),
+}
+
+
+def pairs():
+    return [(model, *pair) for model, cuts in TWO_CUTS.items() for pair in cuts]
+
+
+def u_shaped(cut, head_cut):
+    return {"model.cut": cut, "model.head_cut": head_cut}
+
+
+@pytest.mark.parametrize(("model", "cut", "head_cut"), pairs())
+@pytest.mark.parametrize("name", ["sl_single_server", "sl_multi_server"])
+def test_u_shaped_with_one_client_is_centralised_training(name, model, cut, head_cut):
+    whole = rounds_of("centralised", model, num_clients=1, **{"dataset.size_spread": 0.0})
+    split = rounds_of(name, model, num_clients=1, **{"dataset.size_spread": 0.0}, **u_shaped(cut, head_cut))
+    pd.testing.assert_frame_equal(split, whole, check_exact=True)
+
+
+@pytest.mark.parametrize(("model", "cut", "head_cut"), pairs())
+def test_u_shaped_splitfed_ms_is_fed_avg(model, cut, head_cut):
+    assert alike(rounds_of("sl_multi_server", model, **u_shaped(cut, head_cut)), rounds_of("fed_avg", model))
+
+
+@pytest.mark.parametrize("changes", [{}, {"participation": 0.5}, {"model.client.epoch": 2}])
+@pytest.mark.parametrize("name", ["sl_single_server", "sl_multi_server"])
+def test_u_shaped_sends_four_tensors_a_step_and_no_labels(name, changes):
+    """The ledger's kinds, and its bytes: those of the record, priced by the networks."""
+    own = u_shaped("layer1", "layer3") | {"model.name": "resnet18", "clock.spread": 0.5}
+    experiment = preset("smoke", name, **(SMALL | own | changes))
+    history = train(experiment, "cpu", progress=False)
+    sent = history.ledger[history.ledger.phase == "round"].groupby(["direction", "kind"]).bytes.sum()
+    kinds = {"client_model", "framing"}
+    assert set(sent["up"].index) == kinds | {"smashed", "feature_grad"}
+    assert set(sent["down"].index) == kinds | {"features", "cut_grad"}
+    assert sent["up", "smashed"] == sent["down", "cut_grad"] and sent["up", "feature_grad"] == sent["down", "features"]
+    register = register_of(set_up(experiment), clock=True)
+    simulated_seconds(history, register.samples, register.costs, experiment.clock)  # refuses other bytes than the run's
+
+
+def test_u_shaped_flops_are_those_of_the_whole_network():
+    """Client and server together compute what one place would, but for the gradient at the images."""
+    experiment = preset("smoke", "sl_multi_server", **(SMALL | u_shaped("layer1", "layer3") | {"clock.spread": 0.5}))
+    costs = register_of(set_up(experiment), clock=True).costs
+    assert costs.client + costs.exact == costs.whole > costs.exact > 0
+    two = register_of(set_up(experiment.replace(**{"model.head_cut": None})), clock=True).costs
+    assert costs.whole == two.whole and costs.client > two.client and costs.exact < two.exact
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"sl_single_server", "sl_multi_server"}))
+def test_what_needs_labels_at_the_server_refuses_a_head_at_the_client(name):
+    why = r"model.head_cut='layer4': must be None for .*(labels|client).*sl_single_server"
+    with pytest.raises(ValueError, match=why):
+        preset("smoke", name, **{"model.head_cut": "layer4"})
+
+
+def test_a_head_cut_is_a_younger_field_and_names_a_layer_of_the_server():
+    plain = preset("smoke", "sl_single_server")
+    assert "head_cut" not in plain.to_dict()["model"] and plain.hash != plain.replace(**{"model.head_cut": "fc"}).hash
+    other = preset("smoke", "sl_single_server", **(SMALL | u_shaped("layer2", "layer1")))
+    with pytest.raises(ValueError, match=r"model.head_cut='layer1': must be one of layer3"):
+        train(other, "cpu", progress=False)
+    with pytest.raises(ValueError, match=r"model.head_cut='h2': must be None for a network that reads text"):
+        preset("smoke", "sl_single_server", **{"model.name": "gpt2_tiny", "model.head_cut": "h2"})
+
+
+def test_a_u_shaped_run_goes_on_from_its_checkpoint_and_keeps_one_model(tmp_path, monkeypatch):
+    experiment = tiny("sl_single_server", **{"model.name": "resnet18"}, **u_shaped("layer1", "layer3"))
+    whole = train(experiment, "cpu", progress=False)
+    stopped_after(1, monkeypatch, experiment, tmp_path / "run")
+    again = train(experiment, "cpu", progress=False, checkpoint=tmp_path / "run")
+    assert_same(whole, again)
+    _, state = train_state(experiment, "cpu", progress=False)
+    names = whole_state(record_of(experiment).evaluation_models(state)[0])
+    assert set(names) == set(MODELS["resnet18"].build(1, 10, 28, 8).state_dict())
