@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config.experiment import Experiment
 from ..core import require
-from .history import CallbackError, History
+from .history import CLIENT_COLUMNS, CallbackError, History
 
 # %% ../../nbs/45_experiments.callbacks.ipynb #0407ba55
 Models = Callable[[], list[nn.Module]]  # gives copies of the models that are evaluated: one, or one a client
@@ -74,7 +74,7 @@ class Callback:
 # %% ../../nbs/45_experiments.callbacks.ipynb #ce86a6ea
 COLUMNS = (
     "round", "test_accuracy", "test_loss", "val_accuracy", "train_loss", "aux_loss", "paper_bytes", "wire_bytes",
-    "client_lr", "server_lr", "participants", "clock_seconds", "test_perplexity", "released_bytes",
+    "client_lr", "server_lr", "participants", "clock_seconds", "test_perplexity", "released_bytes", *CLIENT_COLUMNS,
 )  # of `History.rounds`  # fmt: skip
 TAKEN = {*COLUMNS, "label", "hash", *(spec.name for spec in fields(Experiment))}
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..algorithms.base import Metrics
@@ -22,7 +23,7 @@ from ..config.settings import record_of
 from ..core import arithmetic
 from ..costs.clock import Attendance
 from ..data.images import Dataset, Images
-from .history import evaluate_mean, mean_loss
+from .history import CLIENT_COLUMNS, client_accuracies, client_columns, evaluate_mean, mean_loss
 from ..ledger import Ledger
 
 # %% ../../nbs/44_experiments.loop.ipynb #03e0307a
@@ -111,6 +112,7 @@ class Bench:
     validation: Images | None  # None: no validation
     algorithm: Algorithm
     criterion: Callable[..., Tensor]  # (logits, labels, reduction) → loss
+    shares: Tensor | None = None  # (client, class), from `label_shares`; None: not known, or texts
 
     def accuracies(
         self,
@@ -120,14 +122,22 @@ class Bench:
         "Test and validation results after a round."
         names = ["test_accuracy", "test_loss", "val_accuracy"][: 2 if self.validation is None else 3]
         if not due:
-            return dict.fromkeys([*names, *self._perplexity(math.nan)], math.nan)
+            by_client = () if self.shares is None else CLIENT_COLUMNS
+            return dict.fromkeys([*names, *by_client, *self._perplexity(math.nan)], math.nan)
         models = self.algorithm.evaluation_models(state)
+        tallies = None if self.shares is None else [self._tally() for _ in models]
         with state.draws.stream("evaluation"):  # for layers that draw there, too
-            results = list(evaluate_mean(models, self.dataset.test, self.dataset, self.criterion))
+            results = list(evaluate_mean(models, self.dataset.test, self.dataset, self.criterion, tallies))
             if self.validation is not None:
                 results.append(evaluate_mean(models, self.validation, self.dataset, self.criterion)[0])
         row = dict(zip(names, results, strict=True))
+        if tallies is not None and self.shares is not None:
+            row |= client_columns(client_accuracies(tallies, self.shares))
         return row | self._perplexity(row["test_loss"])
+
+    def _tally(self) -> Tensor:
+        "For `evaluate`: nothing counted yet."
+        return torch.zeros(2, self.dataset.num_classes, dtype=torch.int64, device=self.dataset.test.y.device)
 
     def _perplexity(self, loss: float) -> dict[str, float]:
         "Of texts: the number of tokens among which a model that is so uncertain chooses."

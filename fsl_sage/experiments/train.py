@@ -34,7 +34,7 @@ from .checkpoint import CheckpointError, Progress, load_checkpoint, require_kept
 from .digests import building, with_files
 from .history import ALIGNMENT_COLUMNS, CallbackError, DivergedError, History, first_bad_loss
 from .loop import Bench, Round, Run, alignment_rows, is_due, is_last, is_spent, round_row, rounds
-from .setup import Register, client_data, prepare, register_of
+from .setup import Register, client_data, label_shares, prepare, register_of
 from ..ledger import Ledger
 from ..networks.gpt2 import weights_in
 from ..algorithms.state import evaluation_loss
@@ -77,9 +77,10 @@ def begin(
     dataset, validation = prepare(experiment, device, root)
     fine = f"{(data or '')[:16]}, as when the run was asked for: a file was replaced, or a plug-in has other data"
     algorithm, ledger = record_of(experiment), Ledger(phase="start")
-    bench = Bench(dataset, validation, algorithm, evaluation_loss(experiment))
+    data_of_clients = client_data(experiment, dataset)
+    bench = Bench(dataset, validation, algorithm, evaluation_loss(experiment), label_shares(data_of_clients))
     with clients_in_flight(in_flight), building(experiment), weights_in(root):
-        state = algorithm.init(experiment, client_data(experiment, dataset), ledger)
+        state = algorithm.init(experiment, data_of_clients, ledger)
         digest = with_files(dataset.digest, experiment)
     require(data in (None, digest), f"digest of {dataset.name!r}", digest[:16], fine)
     register = register_of(state, experiment.clock is not None)

@@ -33,7 +33,7 @@ from ..experiments.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ..experiments.store import run_lock
 from ..experiments.loop import Bench, step_schedules
 from ..experiments.history import History
-from ..experiments.setup import client_data, prepare
+from ..experiments.setup import client_data, label_shares, prepare
 from ..ledger import Ledger
 from .mail import MARGIN, AnsweringMail, AskingMail, Exchange, NotYet, Question, begin_round
 from .mail import end_round, kept_mail, leave_out, plain_of, remember, remembered, within
@@ -407,7 +407,7 @@ def ask_clients(
     check_asked(experiment)
     device = choose_device(device)
     dataset, validation = prepare(experiment, device, root)
-    bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment))
+    split = client_data(experiment, dataset)
     mail = AskingMail(experiment.num_clients, exchange)
 
     def taking_part(experiment: Experiment, rnd: int) -> list[int]:
@@ -423,7 +423,10 @@ def ask_clients(
 
     with only_server(checkpoint), weights_in(root):
         ledger = WireLedger(place=SERVER, mail=mail, device=device)
-        get_to_know(experiment, mail, ledger, client_data(experiment, dataset), checkpoint)
+        get_to_know(experiment, mail, ledger, split, checkpoint)
+        own_images = any(data not in ("", known) for data, known in zip(mail.data, mail.split, strict=True))
+        shares = None if own_images else label_shares(split)  # the server knows its own split's labels alone
+        bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment), shares)
         while True:
             ledger = WireLedger(place=SERVER, mail=mail, device=device)
             state, done = resume_server(experiment, mail, ledger, checkpoint)

@@ -17,7 +17,7 @@ from ..config.settings import record_of
 from ..core import choose_device, require
 from ..experiments.loop import Bench
 from ..experiments.history import History
-from ..experiments.setup import client_data, prepare
+from ..experiments.setup import client_data, label_shares, prepare
 from ..networks.gpt2 import weights_in
 from .wire import SERVER, WireLedger
 from .remote import attend, check_remote, join, line, serve
@@ -69,14 +69,17 @@ def train_on_ranks(
     fine = f"{n + 1} for a server and {n} clients"
     require(dist.get_world_size() == n + 1, "--nproc-per-node", dist.get_world_size(), fine)
     dataset, validation = prepare(experiment, device, root)
-    own = None if place == SERVER else client_data(experiment, dataset)[place]
+    split = client_data(experiment, dataset)
+    own = None if place == SERVER else split[place]
     mail = RankMail(place, device if dist.get_backend() == "nccl" else torch.device("cpu"))
     ledger = WireLedger(place=place, mail=mail, device=device)
     with weights_in(root):
         if place != SERVER:
-            del dataset, validation
+            del dataset, validation, split
             return attend(join(experiment, ledger, own), ledger)
-        bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment))
+        record, loss = record_of(experiment), evaluation_loss(experiment)
+        bench = Bench(dataset, validation, record, loss, label_shares(split))
+        del split
         return serve(join(experiment, ledger), ledger, bench, line if progress else lambda row: None)
 
 # %% ../../nbs/79_machines.ranks.ipynb #e81b34f6

@@ -583,6 +583,8 @@ def test_a_run_on_a_clients_own_images_is_no_simulation(tmp_path):
     folder = stored(experiment, clients, tmp_path)
     about = json.loads((folder / "provenance.json").read_text())["federation"]
     assert folder.parent.parent.name == "federated" and about["own_data"] == [1] and about["absent"] == {}
+    (run,) = read_all(folder.parent)
+    assert not [name for name in run.history.rounds if name.startswith("client_accuracy")]  # whose labels are not known
 
 
 def test_shares_and_states_are_their_owners_alone(tmp_path):
