@@ -81,7 +81,7 @@ class DatasetConfig:
     "Which images or texts, and how they are spread over the clients."
 
     name: str = "fmnist_mini"  # one of `data.sources.KNOWN`, such as cifar10, restaurants; or one in the data root
-    distribution: str = "iid"  # iid, noniid (shards), noniid_dirichlet, balanced, by_length, by_key
+    distribution: str = "iid"  # iid, noniid (shards), noniid_dirichlet, balanced, by_length, by_key, natural
     alpha: float = 10.0  # of noniid_dirichlet, > 0; small is heterogeneous
     shard_num: int = 10  # of noniid: shards a client
     samples_per_client: int | None = None  # of balanced: a multiple of the number of classes; None: the most

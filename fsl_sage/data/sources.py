@@ -29,10 +29,11 @@ from platformdirs import user_cache_dir
 from tqdm.auto import tqdm
 
 from ..core import atomic_path, generator, require, user_path
-from .files import DEBIAN, EMBEDDED, IDX_FILES, KEYS, PLUGIN, Arrays, check_arrays, count_classes
+from .files import DEBIAN, EMBEDDED, IDX_FILES, KEYS, OWNERS, PLUGIN, Arrays, check_arrays, count_classes
 from .files import idx_path, read_idx_folder, read_image_folder, read_npz
 from .grammar import restaurants
 from .images import Dataset, Images
+from .leaf import leaf_files, read_leaf
 from .text import LENGTH, TextDataset, Texts, key_numbers, read_texts, text_files, token_arrays
 from .vocabulary import Vocabulary, vocabulary_of
 
@@ -228,6 +229,8 @@ def reader_of(
         return read_idx_folder
     if text_files(path):
         return read_texts
+    if leaf_files(path, "train"):
+        return read_leaf
     return read_image_folder if (path / "train").is_dir() else None
 
 # %% ../../nbs/08_data.sources.ipynb #3d194539
@@ -246,7 +249,10 @@ def _made(name: str, root: Path) -> Arrays | Texts:
     return arrays
 
 # %% ../../nbs/08_data.sources.ipynb #715177c4
-FORMS = "train/<class>/ and test/<class>/, IDX files, or train and test in .jsonl, .csv or .txt"
+FORMS = (
+    "train/<class>/ or train/<client>/<class>/, and test/<class>/; IDX files; train and test in .jsonl, .csv or .txt; "
+    "or train/ and test/ with .json of LEAF"
+)
 E2E_FORMS = "testset_w_refs.csv with trainset.csv or devset.csv, or LoRA's train.txt and test.txt"
 
 
@@ -296,7 +302,7 @@ def digest_of(
     if isinstance(arrays, Texts):
         return arrays.digest
     sha = hashlib.sha256()
-    for key in KEYS:
+    for key in [key for key in (*KEYS, OWNERS) if key in arrays]:
         array = np.ascontiguousarray(arrays[key])
         sha.update(f"{key} {array.dtype.str} {array.shape}\n".encode())
         sha.update(array.data)
@@ -335,7 +341,8 @@ def as_images(
         x, y, keys = x[kept], y[kept], None if keys is None else keys[kept]
     if x.ndim == 2:
         return Images(torch.from_numpy(x), torch.from_numpy(y), None if keys is None else torch.from_numpy(keys))
-    return Images(torch.from_numpy(np.array(x.transpose(0, 3, 1, 2), order="C")), torch.from_numpy(y))
+    pixels = torch.from_numpy(np.array(x.transpose(0, 3, 1, 2), order="C"))
+    return Images(pixels, torch.from_numpy(y), None if keys is None else torch.from_numpy(keys))
 
 # %% ../../nbs/08_data.sources.ipynb #208be33e
 def as_tokens(
@@ -389,7 +396,7 @@ def load(
         return TextDataset(name, train, test, words.size, (), (), arrays.digest, words, arrays)
     known = KNOWN.get(name, Known())
     classes = count_classes(arrays, path, known.num_classes)
-    train = as_images(arrays["x_train"], arrays["y_train"], max_train, "train", seed)
+    train = as_images(arrays["x_train"], arrays["y_train"], max_train, "train", seed, arrays.get(OWNERS))
     test = as_images(arrays["x_test"], arrays["y_test"], max_test, "test", seed)
     repeat = 0 if train.is_text else train.x.shape[1] // len(known.mean)
     both = train.to(device), test.to(device)
