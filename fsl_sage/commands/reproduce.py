@@ -16,16 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 import fsl_sage
 from ..algorithms.record import label
 from .figures import BACKENDS, Figure, figure_notebooks, planned, reproduce, store_of, train_planned
 from .train import on_terminal
 from ..config.presets import PRESETS
-from ..core import choose_device, require, user_path
+from ..core import atomic_path, choose_device, require, user_path
 from ..costs.estimate import BUNDLES, estimate
 from ..experiments.provenance import checkout
 from ..experiments.pool import default_jobs
 from ..experiments.store import StoreError
+from ..papers.standing import ESTIMATES
 from ..papers.report import build_report
 from ..papers.texts import render_texts
 
@@ -82,7 +85,7 @@ def estimates(
     parameters: Mapping[str, Any],
     seeds: Sequence[int],
     names: Sequence[str],  # of bundles; none: what the notebooks show
-) -> str:
+) -> pd.DataFrame:
     "A row for each bundle or figure: what its missing runs would take on this machine."
     figures = claimed(notebooks, parameters, names) if names else {
         figure.notebook.stem: figure for figure in planned(notebooks, parameters, seeds)
@@ -91,7 +94,7 @@ def estimates(
     missing = {name: [run for run in figure.experiments if run not in store.stored([run])]
                for name, figure in figures.items()}  # fmt: skip
     rows = {name: runs for name, runs in missing.items() if runs}
-    return estimate(rows).round(2).to_string() if rows else "every run is stored: nothing is to be trained"
+    return estimate(rows) if rows else pd.DataFrame()
 
 # %% ../../nbs/92_commands.reproduce.ipynb #ba15b35a
 def _parser() -> argparse.ArgumentParser:
@@ -207,7 +210,11 @@ def _run(
     given, seeds, train = _given(args, folder), args.seeds, not args.no_train
     check_preset(notebooks, given["preset"])
     if args.estimate:
-        print(estimates(notebooks, given, seeds, args.claims))
+        needed = estimates(notebooks, given, seeds, args.claims)
+        print(needed.round(2).to_string() if len(needed) else "every run is stored: nothing is to be trained")
+        if given["preset"] == "paper" and not args.only and len(needed):
+            with atomic_path(Path(given["gallery"]) / ESTIMATES) as path:
+                needed[["runs", "PFLOP"]].round(2).to_csv(path)  # for the ledger
         return 0
     gallery = Path(given["gallery"])
     gallery.mkdir(parents=True, exist_ok=True)

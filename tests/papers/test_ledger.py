@@ -5,9 +5,13 @@ import re
 import pandas as pd
 import pytest
 
+from fsl_sage.commands.figures import plan
+from fsl_sage.costs.estimate import estimate
 from fsl_sage.papers.claims import published
 from fsl_sage.papers.standing import (
+    A_CORE,
     COUNTED,
+    ESTIMATES,
     KEY,
     OWNERS,
     PUBLISHED,
@@ -27,7 +31,7 @@ def ledger(tmp_path_factory):
     copy = tmp_path_factory.mktemp("gallery")
     (copy / PUBLISHED).mkdir()
     for folder in ("", PUBLISHED):
-        for path in (*(GALLERY / folder).glob(f"*{VERSUS}"), *(GALLERY / folder).glob("*.json")):
+        for path in (p for end in (f"*{VERSUS}", "*.json", ESTIMATES) for p in (GALLERY / folder).glob(end)):
             (copy / folder / path.name).write_bytes(path.read_bytes())
     return gather(copy)
 
@@ -85,3 +89,16 @@ def test_runs_of_the_published_gallery_decide_claims(tmp_path):
     (tmp_path / "published" / "sglr_tables_1_to_3.json").write_bytes(facts)
     after = settings_tested(gather(tmp_path))
     assert (after != before).sum() == 1 and after[after != before].item() in ("holds", "undecided")
+
+
+def test_what_is_not_run_says_what_it_would_take(ledger):
+    """And the hours are those of the figure that owns the number, counted from its own runs."""
+    for row in ledger[ledger.verdict == "not run"].itertuples():
+        assert re.match(r"[\d,]+ core-hours at 75 GFLOP/s a core for the \d+ runs of ", row.note), row
+        assert row.note.endswith(OWNERS[row.artefact])
+    needed = pd.read_csv(GALLERY / ESTIMATES).set_index("figure")
+    name = "sage_participation"
+    counted = estimate({name: plan(ROOT / "figures" / f"{name}.ipynb", {"preset": "paper"})}).loc[name]
+    assert (needed.runs[name], needed.PFLOP[name]) == (counted.runs, pytest.approx(counted.PFLOP, abs=0.005))
+    hours = needed.PFLOP["sage_alpha"] * 1e15 / A_CORE / 3600
+    assert f"{hours:,.0f} core-hours" in ledger[ledger.artefact.str.contains("alpha")].note.str.cat(sep=";")
