@@ -244,7 +244,8 @@ def _fresh_models(
     size, aux = model.auxiliary.size, None
     who = f"model.name={model.name!r}", f"model.auxiliary.size={size!r}"
     with random_stream(generator(experiment.init_seed, "init"), device):
-        split = split_model(model.name, shape[0], classes, (shape[1], shape[2]), model.width, model.cut)
+        sizes = (shape[1], shape[2]), model.width, model.cut, model.norm
+        split = split_model(model.name, shape[0], classes, *sizes)
         trial = Trial() if model.name in OURS else try_parts(split, None, shape, classes, who=who)
         if auxiliary and size == FIRST_LAYERS:
             aux = auxiliary_for(split, torch.zeros(2, *shape), model.auxiliary.budget_mb)

@@ -32,7 +32,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 LATER_FIELDS = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
-    "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.head_cut": None,
+    "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
     "model.adapter": None, "model.blocks": None, "model.heads": None, "model.context": None,
     "model.pretrained": False,
     "model.auxiliary.blocks": None, "model.auxiliary.start": "random",

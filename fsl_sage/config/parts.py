@@ -17,7 +17,7 @@ from ..data.text import LENGTH, OBJECTIVES
 from ..data.vocabulary import VOCABULARIES
 from ..networks.auxiliary import AUXILIARIES, FIRST_LAYERS
 from ..networks.gpt2 import DECODERS, STARTS
-from ..networks.zoo import MODELS
+from ..networks.zoo import MODELS, NORMS
 
 # %% ../../nbs/24_config.parts.ipynb #87380fb5
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ class ModelConfig:
     name: str = "resnet18"  # one of MODELS
     width: int = 64  # of all layers: 64 as published, others in proportion
     cut: str | None = None  # the client's last layer, one of `split.cut_layers`; None: the published one
+    norm: str = "batch"  # of a network with BatchNorm; group: GroupNorm in its place, also in the auxiliary model
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -193,10 +194,13 @@ class ModelConfig:
         check_types(self, "model.")
         one_of("model.name", self.name, MODELS)
         require(self.width >= 1, "model.width", self.width, "at least 1")
+        one_of("model.norm", self.norm, NORMS)
         for name in ("blocks", "heads", "context"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name}", value, "at least 1, or None")
-        if MODELS[self.name].reads != "text":
+        if MODELS[self.name].reads == "text":
+            forget(self, "norm")  # decoders have LayerNorm
+        else:
             forget(self, "adapter", "blocks", "heads", "context", "pretrained")
             object.__setattr__(self, "auxiliary", replace(self.auxiliary, blocks=None, start="random"))
         images = MODELS[self.name].reads == "images"

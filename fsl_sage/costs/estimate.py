@@ -82,7 +82,7 @@ def networks(
         return _decoder(model, dataset, algorithm, batch_size)
     channels = 3 if dataset.rgb32 else known.channels
     size = 32 if channels == 3 else 28
-    split = split_model(model.name, channels, known.num_classes, size, model.width, model.cut)
+    split = split_model(model.name, channels, known.num_classes, size, model.width, model.cut, model.norm)
     if model.head_cut is not None:
         split = with_head(split, model.head_cut, evaluated(split.client, torch.zeros(2, channels, size, size)))
     has_one = algorithms()[algorithm].auxiliary

@@ -25,7 +25,7 @@ from ..core import one_of, require, tensor_bytes
 from .decoders import decoder_auxiliary, usual_blocks
 from .gpt2 import DECODERS
 from .recording import recorded
-from .zoo import Padding, head, init_fan_in, init_weights, projection, stage
+from .zoo import Padding, has_norm, head, init_fan_in, init_weights, projection, stage, with_group_norm
 from .part import Part
 from .cut import SplitModel, cut_layers, evaluated
 
@@ -51,7 +51,8 @@ def _resnet_auxiliary(split: SplitModel, size: str, shortcut=projection, init=in
     layers: list[tuple[str, nn.Module]]
     layers = [(name, stage(smashed, channels, blocks, 1 if name == "layer1" else 2, shortcut=shortcut))] * (blocks > 0)
     layers += head(channels if blocks else smashed, server.fc.out_features)
-    return init(nn.Sequential(OrderedDict(layers)))
+    aux = init(nn.Sequential(OrderedDict(layers)))
+    return with_group_norm(aux) if has_norm(split, nn.GroupNorm) else aux
 
 
 def usual_auxiliary(

@@ -132,7 +132,8 @@ def as_fed_avg(
     require(run.comm_threshold_mb is None, "comm_threshold_mb", run.comm_threshold_mb, fine)
     known = KNOWN[run.dataset.name]
     channels = 3 if run.dataset.rgb32 else known.channels
-    model = split_model(run.model.name, channels, known.num_classes, width=run.model.width, cut=run.model.cut)
+    own = {name: getattr(run.model, name) for name in ("width", "cut", "norm")}
+    model = split_model(run.model.name, channels, known.num_classes, **own)
     a_round = 2 * run.num_clients * tensor_bytes(model)
     rounds = history.rounds.assign(paper_bytes=a_round * (history.rounds["round"] + 1), wire_bytes=math.nan)
     same = run.replace(**{"algorithm.name": "fed_avg"})

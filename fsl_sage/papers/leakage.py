@@ -144,7 +144,8 @@ def trained_client(
             dataset, tensors = prepare(experiment, device, root)[0], load_model(runs.root, name, client)
             _, channels, *sides = dataset.train.x.shape
             size = sides[0], sides[1]
-            half = split_model(model.name, channels, dataset.num_classes, size, model.width, model.cut).client
+            sizes = size, model.width, model.cut, model.norm
+            half = split_model(model.name, channels, dataset.num_classes, *sizes).client
             half.load_state_dict({key: tensors[key] for key in half.state_dict()})
             return history, half.to(device)
     history, state = train_state(experiment, device, root, progress=False)
