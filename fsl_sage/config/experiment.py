@@ -13,7 +13,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from .parts import ClockConfig, DatasetConfig, ModelConfig
+from .parts import ClockConfig, CodecsConfig, DatasetConfig, ModelConfig
 from .settings import Settings, algorithms, build, check_types, record_of, setting_fields, settings_of
 from ..core import one_of, require
 from ..data.text import LENGTH
@@ -30,7 +30,8 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 
 # %% ../../nbs/25_config.experiment.ipynb #8a3bc6f6
 LATER_FIELDS = {
-    "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "dataset.size_spread": 0.0,
+    "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "codec": asdict(CodecsConfig()),
+    "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
     "model.adapter": None, "model.blocks": None, "model.heads": None, "model.context": None,
@@ -94,6 +95,7 @@ class Experiment:
     participation: float = 1.0  # part of the clients that take part in a round, drawn anew each time; at least one does
     participation_seed: int | None = None  # of that draw
     clock: ClockConfig | None = None  # a simulated clock, if not None
+    codec: CodecsConfig = CodecsConfig()  # how what crosses the cut is packed for the way
 
     def __post_init__(self):
         _settle(self)
@@ -165,10 +167,22 @@ def _settle_parts(experiment: Experiment) -> None:
     _settle_head(experiment)
     _settle_text(experiment)
     experiment.algorithm.follow(experiment)
-    parts = [("dataset", experiment.dataset.name), ("model", model.name), ("algorithm", name)]
+    _settle_codec(experiment)
+    parts = [("codec", codec.name) for codec in (experiment.codec.smashed, experiment.codec.cut_grad)]
+    parts += [("dataset", experiment.dataset.name), ("model", model.name), ("algorithm", name)]
     parts.append(("vocabulary", experiment.dataset.vocabulary))
     parts.append(("auxiliary", f"{model.name}/{model.auxiliary.size}"))
     object.__setattr__(experiment, "plugins", tuple(sorted({PLUGGED[part] for part in parts if part in PLUGGED})))
+
+# %% ../../nbs/25_config.experiment.ipynb #43fc0c97
+def _settle_codec(experiment: Experiment) -> None:
+    "Leave out the codec of what is never sent."
+    cost, codec = record_of(experiment).cost, experiment.codec
+    if cost is None:
+        return
+    sent = {"smashed": "smashed" in cost.up, "cut_grad": "smashed" in cost.down}
+    own = {name: getattr(codec, name) if there else type(codec)().smashed for name, there in sent.items()}
+    object.__setattr__(experiment, "codec", CodecsConfig(**own))
 
 # %% ../../nbs/25_config.experiment.ipynb #054e8370
 # Fields of a data set, at their defaults.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SchedulerConfig', 'OptimizerConfig', 'DatasetConfig', 'ClientConfig', 'ServerConfig', 'AuxiliaryConfig',
-           'AdapterConfig', 'ModelConfig', 'ClockConfig']
+           'AdapterConfig', 'ModelConfig', 'CodecConfig', 'CodecsConfig', 'ClockConfig']
 
 # %% ../../nbs/24_config.parts.ipynb #266b5dfb
 import math
@@ -16,6 +16,7 @@ from ..data.partition import DISTRIBUTIONS
 from ..data.text import LENGTH, OBJECTIVES
 from ..data.vocabulary import VOCABULARIES
 from ..networks.auxiliary import AUXILIARIES, FIRST_LAYERS
+from ..networks.codecs import CODECS, OVER
 from ..networks.gpt2 import DECODERS, STARTS
 from ..networks.zoo import MODELS, NORMS
 
@@ -215,6 +216,62 @@ class ModelConfig:
             one_of("model.auxiliary.size", self.auxiliary.size, (*AUXILIARIES[self.name][1], *any_cut))
         elif self.auxiliary.size != FIRST_LAYERS:
             object.__setattr__(self, "auxiliary", AuxiliaryConfig())  # it has none
+
+# %% ../../nbs/24_config.parts.ipynb #7c8f5bfa
+@dataclass(frozen=True)
+class CodecConfig:
+    "How tensors of one kind are packed for the way."
+
+    name: str = "quantise"  # quantise, float16, bfloat16, top_k, random_top_k, product (FedLite), superpose (C3-SL)
+    bits: int = 32  # of quantise: of a number, 1 to 8; 32: numbers as they are
+    over: str = "batch"  # of quantise: what has a range of its own: batch, sample, channel
+    stochastic: bool = False  # of quantise: round up or down at random, right on average
+    rate: float = 0.1  # of top_k, random_top_k: part of a sample's numbers that is sent, in (0, 1]; 1: all, as they are
+    spread: float = 0.1  # of random_top_k: weight of all numbers but the largest in the draw, in (0, 1)
+    pieces: int = 8  # of product: pieces of a sample, a divisor of its numbers
+    groups: int = 1  # of product: groups of pieces with centres of their own, a divisor of pieces
+    centres: int = 16  # of product: in each group, at least 2
+    correction: float = 0.0  # of product, for smashed data: weight of the error that is added to the gradient, ≥ 0
+    together: int = 2  # of superpose: samples that are added up, at least 2
+
+    called = "codec"  # in messages, by the name of its place
+
+    def __post_init__(self):
+        check_types(self, "codec.")
+        one_of("codec.name", self.name, CODECS)
+        require(1 <= self.bits <= 8 or self.bits == 32, "codec.bits", self.bits, "1 to 8, or 32")
+        one_of("codec.over", self.over, OVER)
+        require(0 < self.rate <= 1, "codec.rate", self.rate, "greater than 0, at most 1")
+        require(0 < self.spread < 1, "codec.spread", self.spread, "greater than 0, less than 1")
+        for name, least in {"pieces": 1, "groups": 1, "centres": 2, "together": 2}.items():
+            require(getattr(self, name) >= least, f"codec.{name}", getattr(self, name), f"{least} or more")
+        require(0 <= self.correction < math.inf, "codec.correction", self.correction, "0 or more")
+        if self.rate == 1 and self.name in ("top_k", "random_top_k"):
+            forget_unused(self, ())
+        forget_unused(self, ("name", *(() if self.plain else CODECS[self.name].uses)))
+
+    @property
+    def plain(self) -> bool:
+        "Whether numbers are sent as they are."
+        return self.name == "quantise" and self.bits == 32
+
+# %% ../../nbs/24_config.parts.ipynb #b029f5f5
+@dataclass(frozen=True)
+class CodecsConfig:
+    "How what crosses the cut is packed for the way."
+
+    smashed: CodecConfig = CodecConfig()  # up
+    cut_grad: CodecConfig = CodecConfig()  # down
+
+    def __post_init__(self):
+        check_types(self, "codec.")
+        fine = "another one, such as top_k: which numbers of a gradient arrive must not be drawn"
+        require(self.cut_grad.name != "random_top_k", "codec.cut_grad.name", self.cut_grad.name, fine)
+        forget(down := replace(self.cut_grad), "correction")
+        answer = CODECS[down.name].answer
+        if answer is not None and CODECS[self.smashed.name].answer is answer:
+            down = replace(down, rate=self.smashed.rate)
+        object.__setattr__(self, "cut_grad", down)
 
 # %% ../../nbs/24_config.parts.ipynb #d14ca1c8
 @dataclass(frozen=True)

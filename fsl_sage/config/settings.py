@@ -122,7 +122,7 @@ def _of_fields(kind: type, value: Any, path: str) -> Any:
     try:
         return kind(**entries)
     except ValueError as error:
-        own = prefix.split(".")[-2] + "." if path else ""
+        own = getattr(kind, "called", prefix.split(".")[-2]) + "." if path else ""
         if not own or not str(error).startswith(own):
             raise
         raise ValueError(prefix + str(error).removeprefix(own)) from error

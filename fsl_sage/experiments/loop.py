@@ -25,6 +25,7 @@ from ..costs.clock import Attendance
 from ..data.images import Dataset, Images
 from .history import CLIENT_COLUMNS, client_accuracies, client_columns, evaluate_mean, mean_loss
 from ..ledger import Ledger
+from ..networks.codecs import coders
 
 # %% ../../nbs/44_experiments.loop.ipynb #03e0307a
 class Round(NamedTuple):
@@ -89,7 +90,7 @@ def rounds(run: Run) -> Iterator[Round]:
 
     `ValueError` if the algorithm sends something to or from an absent client."""
     state, ledger, record = run.state, run.ledger, record_of(run.state.experiment)
-    attending = iter(run.attending)
+    attending, ledger.coders = iter(run.attending), coders(state.experiment.codec, state.experiment.sampling_seed)
     while not is_spent(state.experiment, ledger) and (attendance := next(attending, None)):
         rnd, sent = attendance.round, len(ledger.transfers)
         take_part(state, attendance.clients, rnd, ledger)

@@ -200,7 +200,7 @@ def unused(
     "Say which plug-ins no experiment uses, and by which words they would be used."
     used = {tag for experiment in experiments for tag in experiment.plugins}
     words = {"dataset": "dataset", "model": "model", "algorithm": "algorithm", "auxiliary": "model.auxiliary.size"}
-    words["vocabulary"] = "dataset.vocabulary"
+    words |= {"vocabulary": "dataset.vocabulary", "codec": "codec.smashed.name"}
     idle = {}
     for (kind, name), tag in PLUGGED.items():
         if tag in set(tags) - used:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'LARGEST', 'LOSS', 'place_name', 'Mail', 'kinds_of', 'stamp', 'check_stamp', 'update_norm', 'outliers',
-           'Guard', 'WireLedger', 'to_several', 'WireLink', 'taken']
+           'Guard', 'WireLedger', 'unpack', 'to_several', 'WireLink', 'taken']
 
 # %% ../../nbs/77_machines.wire.ipynb #807600c8
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import as_tensors, tensor_bytes
-from ..ledger import Ledger, Link, Sendable, framing_bytes
+from ..ledger import Ledger, Link, Sendable, by_dotted_name, framing_bytes, noted_several
 from .messages import MessageError, check, check_numbers, decode, encode
 from ..networks.part import Part
 
@@ -154,6 +154,7 @@ class WireLedger(Ledger):
         self,
         source: int,  # whose message it is
         due: dict[str, Tensor],  # names, types and shapes; their numbers do not matter
+        unpacked: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,  # what becomes of packed tensors
     ) -> dict[str, Tensor] | None:  # on the device; None: it comes later
         "The next message from `source`. `MessageError` if it is another one than is due."
         data = self.mail.receive(source, kinds_of(due), tensor_bytes(due) + framing_bytes(due))
@@ -164,11 +165,12 @@ class WireLedger(Ledger):
             check(tensors, due)
             if self.round is not None and source != SERVER:
                 check_stamp(plain, self.round, source)
+            tensors = unpacked({name: tensor.to(self.device) for name, tensor in tensors.items()})
             if self.guard:
                 self.guard.look_at(tensors)
         except MessageError as error:
             raise MessageError(f"{', '.join(kinds_of(due))} of {place_name(source)}: {error}", [source]) from error
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return tensors
 
     def send(
         self,
@@ -186,6 +188,26 @@ class WireLedger(Ledger):
         ((kind, value),) = message.items()
         return to_several(self, rnd, list(clients), kind, value)
 
+# %% ../../nbs/77_machines.wire.ipynb #c19db4eb
+def unpack(
+    ledger: Ledger,  # which knows what is packed
+    client: int,  # whose link it is
+    message: Mapping[str, Any],  # by kind, as it was to be sent
+    tensors: dict[str, Tensor],  # as they have arrived, by dotted names
+) -> dict[str, Tensor]:  # by dotted names, unpacked
+    "What a message holds. `MessageError` if it cannot be unpacked."
+    found = dict(tensors)
+    for kind, value in message.items():
+        if (coder := ledger.coder(kind, value)) is None:
+            continue
+        prefix = f"{kind}."
+        packed = {name.removeprefix(prefix): found.pop(name) for name in tensors if name.startswith(prefix)}
+        try:
+            found[prefix] = coder.unpack(packed, value, client)
+        except Exception as error:
+            raise MessageError(f"{kind} cannot be unpacked ({str(error) or type(error).__name__})") from error
+    return found
+
 # %% ../../nbs/77_machines.wire.ipynb #089ced16
 def to_several(
     ledger: WireLedger,
@@ -195,13 +217,14 @@ def to_several(
     value: Tensor,
 ) -> dict[int, Tensor]:  # by client; here is only what has come to this place
     "Send or receive a multicast."
-    for i, client in enumerate(clients):
-        Link(ledger, rnd, client).down(**{"copy" if i else kind: value})  # the records
-    named, here = {f"{kind}.": value}, ledger.place
-    own = encode(named) if here == SERVER else None
+    message, here = {kind: value}, ledger.place
+    named = by_dotted_name({kind: noted_several([Link(ledger, rnd, client) for client in clients], message)})
+    own, there = encode(named) if here == SERVER else None, {client: _gone(value) for client in clients}
     data = ledger.mail.multicast(clients, own, tensor_bytes(named) + framing_bytes(named))
-    arrived = decode(data)[0][f"{kind}."].to(ledger.device) if here in clients else None
-    return {client: arrived if client == here else _gone(value) for client in clients}
+    if here not in clients:
+        return there
+    tensors = {name: tensor.to(ledger.device) for name, tensor in decode(data)[0].items()}
+    return there | {here: unpack(ledger, here, message, tensors)[f"{kind}."]}
 
 # %% ../../nbs/77_machines.wire.ipynb #484c0690
 @dataclass(frozen=True)
@@ -211,13 +234,14 @@ class WireLink(Link):
     ledger: WireLedger  # of this place
 
     def _send(self, direction: str, message: dict) -> dict | Tensor | tuple:
-        super()._send(direction, message)  # the records
-        wire = self.ledger
+        packed, wire = self.packed(message), self.ledger
+        self.note(direction, message, packed)
         sender, receiver = (self.client, SERVER) if direction == "up" else (SERVER, self.client)
-        named = {f"{kind}.{name}": t for kind, value in message.items() for name, t in as_tensors(value).items()}
+        named, arrived = by_dotted_name(packed), None
         if wire.place == sender:
             wire.send(receiver, named)
-        arrived = wire.receive(sender, named) if wire.place == receiver else None
+        elif wire.place == receiver:
+            arrived = wire.receive(sender, named, lambda tensors: unpack(wire, self.client, message, tensors))
         if wire.guard and arrived and (norms := update_norm(named, arrived)):
             wire.guard.updates[self.client] = norms
         values = tuple(taken(kind, value, arrived) for kind, value in message.items())

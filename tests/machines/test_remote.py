@@ -101,6 +101,45 @@ def test_clients_that_are_asked_end_with_the_history_of_the_simulation(algorithm
     assert clients.asked == {(rnd, i): 1 + (rnd in twice) for rnd in range(-1, 3) for i in range(2)}
 
 
+PACKED = {
+    "fsl_sage": {"codec.smashed.bits": 2, "codec.smashed.stochastic": True},
+    "cse_fsl": {"codec.smashed.name": "random_top_k", "codec.smashed.rate": 0.05},
+}
+
+
+@pytest.mark.parametrize("algorithm", PACKED)
+def test_packed_messages_travel_and_end_with_the_history_of_the_simulation(algorithm, tmp_path):
+    experiment = small(algorithm, **PACKED[algorithm])
+    history = ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server")
+    assert_same(train(experiment, "cpu", progress=False), history)
+    packed = history.ledger.query("kind == 'smashed'").bytes.sum()
+    plain = train(small(algorithm), "cpu", progress=False).ledger.query("kind == 'smashed'").bytes.sum()
+    assert packed < plain / 8
+
+
+def spoilt(answer):
+    """Masks of packed smashed data that name all places."""
+    spoilt = []
+    for up in answer:
+        tensors, plain = decode(up)
+        if "smashed.places" in tensors:
+            tensors["smashed.places"].fill_(255)
+        spoilt.append(encode(tensors, plain))
+    return spoilt
+
+
+def test_packed_nonsense_leaves_its_sender_out(tmp_path):
+    experiment = small("cse_fsl", **PACKED["cse_fsl"] | {"codec.smashed.rate": 0.5})
+
+    class Mean(Clients):
+        def answer(self, i, question):
+            answer = super().answer(i, question)
+            return spoilt(answer) if (i, question.round) == (1, 1) else answer
+
+    history = ask_clients(experiment, Mean(experiment, tmp_path), tmp_path / "server")
+    assert history.rounds.participants.tolist() == [2, 1, 2]
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("algorithm", ASKED_ONCE)
 def test_clients_with_texts_end_with_the_history_of_the_simulation(algorithm, adapted, tmp_path):
