@@ -146,7 +146,7 @@ class State:
 
     @property
     def weights(self) -> list[float]:
-        "The share of each client that is present in the samples of all who are: n_i/n if nobody is absent."
+        "The share of each client that is present in the samples of all who are: n_i/n if no client is absent."
         total = sum(len(self.data[i]) for i in self.present)
         return [len(self.data[i]) / total for i in self.present]
 
