@@ -72,7 +72,7 @@ def test_what_there_is_is_listed():
 
 PROMISES = {  # words of README → what holds them
     "come out to a relative 1e-7 or better": "test_traces.py::test_trace",
-    "The released code's totals at the headline settings": "test_properties.py::test_published_bytes",
+    "The totals are those of the released code at the headline settings": "test_properties.py::test_published_bytes",
     "the published 2.613, 40.078 and 8.029 MiB": "nbs/20_networks.zoo.ipynb::== 2.613",
     "SGLR's Table 6 follows from the ledger": "test_sglr.py::test_ledger_is_table_6",
     "**Same seed, same history**": "test_properties.py::test_same_seed_same_history",
@@ -86,7 +86,7 @@ PROMISES = {  # words of README → what holds them
     "the words are those of the authors' code": "test_cli.py::test_the_authors_command_is_the_published",
     "fsl-sage-federate local --clients 2": "test_federate.py::test_processes_end_with_the_history",
     "any other, cut at any layer across which one tensor goes": "test_cut.py::test_listed_cuts_can_be_made",
-    "by its digest in the store of runs": "test_plugins.py::test_two_files_with_one_name_are_two_experiments",
+    "the store of runs by its digest": "test_plugins.py::test_two_files_with_one_name_are_two_experiments",
     "put `cifar10.npz` into a folder": "test_advice.py::a_place_for_data",
     "give the same command again: it resumes": "test_faults.py::test_a_finished_run_is_not_run_again",
     "`run nbdev_export`, `run nbdev_clean`": "test_packaging.py::run nbdev_",
