@@ -129,7 +129,7 @@ def _train_all(
     callbacks: Sequence[Callback],
     recorded: bool,  # play the steps from CUDA graphs
 ) -> dict[Experiment, Exception]:  # those that failed
-    "Train all of `missing`: first what nobody is at, then what other processes were at."
+    "Train all of `missing`: first the runs that no other process works on, then those that others were working on."
     failed: dict[Experiment, Exception] = {}
     only_here = any(name.startswith(SESSION) for run in missing for name in run.plugins)
     jobs = 1 if only_here else min(jobs, len(missing))

@@ -351,7 +351,7 @@ def run_lock(
     name: str,  # of a run: the hash of its experiment
     wait: bool = True,  # while another process holds it
 ) -> Iterator[bool]:  # whether it is ours: always, if we wait
-    "Within the block nobody else trains or writes the run `name`. `StoreError` if there can be no lock."
+    "Within the block no other process trains or writes the run `name`. `StoreError` if there can be no lock."
     lock, held = FileLock(store / "locks" / f"{name}.lock"), True
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
