@@ -156,7 +156,7 @@ def begin_round(
     rnd: int,
     clients: Sequence[int],  # who is to take part
 ) -> list[int]:  # who takes part
-    "Play a round from its start. `MessageError` if nobody is left for it."
+    "Play a round from its start. `MessageError` if no client is left for it."
     mail.round, mail.present = rnd, [i for i in clients if i not in mail.out and i not in mail.refused]
     for box in mail.boxes:
         box.downs, box.read = [], 0

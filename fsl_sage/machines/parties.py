@@ -390,7 +390,7 @@ def smashed_size(
 
 # %% ../../nbs/82_machines.parties.ipynb #f1cb8211
 def check_asked(experiment: Experiment) -> None:
-    "`ValueError` if `experiment` cannot run with clients that are asked once a round."
+    "`ValueError` if `experiment` cannot run with clients that are asked once per round."
     check_remote(experiment)
     one_of("algorithm.name", experiment.algorithm.name, (n for n, r in algorithms().items() if r.asked_once))
 

@@ -154,7 +154,7 @@ def introduce(
     own: ClientData | None = None,  # the client's data; None at the server
     about: dict[str, Any] | None = None,  # what a client says of itself, in JSON
 ) -> list[Outline]:  # one a client, on the device
-    "Get to know each other. `MessageError` if somebody is here for another experiment or with other data."
+    "Get to know each other. `MessageError` if a client was started for another experiment or has other data."
     n, due = experiment.num_clients, row_due(experiment)
     if ledger.place == SERVER:
         return meet_clients(experiment, ledger)

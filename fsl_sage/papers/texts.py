@@ -164,7 +164,7 @@ def cost_table(
     gallery: Gallery,
     link: Callable[[str], str],  # a figure's name → a Markdown link
 ) -> str:  # Markdown
-    "A row a figure: the command that makes it, its seeds, what it took."
+    "One row per figure: the command that makes it, its seeds, what it took."
     rows = []
     for name in gallery.figures():
         facts = gallery.facts(name)
