@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Metrics, aggregate, arrivals, average, broadcast, each_client
+from .base import Metrics, aggregate, aggregate_layers, arrivals, average, broadcast, each_client
 from .base import one_per_client, whole_step
 from .record import EACH, IN_STEP, IN_TURN, LOSS, ONCE, Algorithm, RoundCost, every
-from .state import LocalData, State, each_its_own, init_parts, part_options
+from .state import LocalData, State, each_its_own, init_parts, part_options, server_of
 from .optimisers import make_part
 from ..config.presets import PRESETS, SGLR_PRESETS
 from ..config.experiment import Experiment
@@ -164,16 +164,20 @@ def splitfed_round(
     step = exchange_step if state.experiment.model.head_cut is None else u_shaped_step
 
     def train_with_server(i: int) -> None:
-        client, server, link = state.clients[i], state.servers[i if many else 0], ledger.link(rnd, i)
+        client, server, link = state.clients[i], server_of(state, i), ledger.link(rnd, i)
         for s, x, y in state.batches(i, rnd):
             metrics.loss(i, s, step(client, server, link, x, y, state.criterion))
 
     if many:
         list(each_client(state, train_with_server))
-        average(state, state.servers)  # among the servers: no client traffic
     else:
         for i in state.present:
             train_with_server(i)
+    if state.experiment.model.cuts:
+        aggregate_layers(state, rnd, ledger)
+        return metrics
+    if many:
+        average(state, state.servers)  # among the servers: no client traffic
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
 
@@ -185,12 +189,12 @@ BOTH_CUTS = {"smashed": EACH, "features": EACH}
 U_SHAPED = RoundCost({"client": EACH}, {"exact": EACH}, BOTH_CUTS, BOTH_CUTS, averaged=("client_bytes",))
 SPLITFED_SS = Algorithm(
     "sl_single_server", splitfed_round, "SplitFed-SS", {"color": "#d55e00", "marker": "*", "linestyle": (0, (1, 1))},
-    order=IN_TURN, cost=SPLITFED, u_shaped=U_SHAPED,
+    order=IN_TURN, cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True,
 )  # fmt: skip
 SPLITFED_MS = Algorithm(
     "sl_multi_server", splitfed_round, "SplitFed-MS",
     {"color": "#de8f05", "marker": "p", "linestyle": (0, (3, 1, 1, 1))}, servers_per_client=True, cost=SPLITFED,
-    u_shaped=U_SHAPED,
+    u_shaped=U_SHAPED, own_cuts=True,
 )  # fmt: skip
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #653ce196

@@ -97,6 +97,7 @@ class Algorithm(NamedTuple):
     order: str = SIDE_BY_SIDE  # or IN_TURN, IN_STEP
     cost: RoundCost | None = None  # None: not known; then there is no simulated clock
     u_shaped: RoundCost | None = None  # likewise where labels stay at the clients (model.head_cut); None: they cannot
+    own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
     asked_once: bool = False  # a client needs no answer within a round, so it may be asked once a round
     alone: bool = False  # there is one client, with all data
     control: bool = False  # not a method, but what methods are held against

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'LocalData', 'FixedData', 'reads_text', 'criterion_of', 'evaluation_loss', 'example_batch', 'State',
            'require_all_in_flight', 'decoder_of', 'trains_on_one', 'own_steps', 'part_options', 'each_its_own',
-           'init_parts', 'uncounted']
+           'server_of', 'init_parts', 'uncounted']
 
 # %% ../../nbs/29_algorithms.state.ipynb #a02d0396
 import math
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .fleet import Fleet, one_part_each
+from .fleet import Fleet, one_part_each, require_no_fleet
 from .optimisers import make_part
 from ..config.experiment import PLUGGED, Experiment
 from ..config.parts import ModelConfig
@@ -26,7 +26,7 @@ from ..config.settings import record_of
 from ..core import generator, random_stream, require, tensor_bytes
 from ..ledger import Beside
 from ..networks.auxiliary import FIRST_LAYERS, auxiliary_for, auxiliary_model
-from ..networks.cut import SplitModel, evaluated, with_head
+from ..networks.cut import SplitModel, cut_layers, evaluated, with_head
 from ..networks.decoders import decoder_auxiliary, positions_of, usual_blocks
 from ..networks.gpt2 import DECODERS, Adapter, blocks_of, released_bytes
 from ..networks.layout import fast_layout
@@ -118,6 +118,7 @@ class State:
     servers: Sequence[Part]  # one for all, or one a client
     auxes: Sequence[Part] = field(default_factory=list)  # one a client, or none
     drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # of client, server, aux: those that draw
+    entries: list[nn.Module] = field(default_factory=list, kw_only=True)  # see `server_of`
     fast: bool = field(default=True, kw_only=True)  # whether the parts work in the fast memory layout
     draws: Draws = field(init=False)  # where they draw from
     present: list[int] = field(init=False)  # the clients of this round, in ascending order
@@ -331,6 +332,62 @@ def each_its_own(
             part.schedule.follow(i)
     return parts
 
+# %% ../../nbs/29_algorithms.state.ipynb #7ecda170
+def _splits(
+    experiment: Experiment,
+    data: Sequence[LocalData],  # one a client
+    device: torch.device,
+) -> dict[str, tuple[SplitModel, Trial]]:  # by cut, from the shallowest
+    "The same network, cut at each layer that a client has; they share nothing."
+    splits = {}
+    for cut in dict.fromkeys(experiment.model.cuts):
+        own = replace(experiment.model, cut=cut, cuts=())
+        split, _, trial = _fresh_models(experiment.replace(model=own), data, False, device)
+        _require_trainable(experiment, data, split)
+        splits[cut] = split, trial
+    fast = all(trial.fast for _, trial in splits.values())
+    depth = {cut: len(cut_layers(split.server)) for cut, (split, _) in splits.items()}
+    return {
+        cut: (fast_layout(split) if fast else split, replace(trial, fast=fast))
+        for cut, (split, trial) in sorted(splits.items(), key=lambda item: -depth[item[0]])
+    }
+
+# %% ../../nbs/29_algorithms.state.ipynb #37e925a0
+def _parts_of_own_cuts(
+    experiment: Experiment, data: Sequence[LocalData], servers: int, device: torch.device
+) -> dict[str, Any]:
+    "`init_parts` where clients have cuts of their own."
+    require_no_fleet(len(data), "where they have cuts of their own (model.cuts)")
+    splits, model = _splits(experiment, data, device), experiment.model
+
+    def made(kind: str, modules: Sequence[nn.Module]) -> list[Part]:
+        options, config = part_options(experiment, data, kind, servers), getattr(model, NAMES[kind]).optimizer
+        return [make_part(deepcopy(module).to(device).train(), config, **options) for module in modules]
+
+    clients = made("client", [splits[cut][0].client for cut in model.cuts])
+    upper = [splits[cut][0].server for cut in (model.cuts if servers > 1 else list(splits)[:1])]
+    parts, entries = made("server", upper), {}
+    if servers == 1:
+        whole = parts[0].model
+        entries = {cut: SplitModel.cut(whole, cut).server.train() for cut in list(splits)[1:]}
+    return {
+        "experiment": experiment, "data": data, "clients": each_its_own(clients), "servers": each_its_own(parts),
+        "entries": [entries.get(cut, parts[0].model) for cut in model.cuts] if entries else [],
+        "drawing": frozenset().union(*(trial.drawing for _, trial in splits.values())),
+        "fast": next(iter(splits.values()))[1].fast,
+    }  # fmt: skip
+
+# %% ../../nbs/29_algorithms.state.ipynb #a11321ce
+def server_of(
+    state: State,
+    i: int,  # client
+) -> Part:  # its model begins at the client's cut
+    "The server as client `i` meets it: its own, or the one for all from the client's cut on."
+    if len(state.servers) > 1:
+        return state.servers[i]
+    (server,) = state.servers
+    return replace(server, model=state.entries[i], recorder=None) if state.entries else server
+
 # %% ../../nbs/29_algorithms.state.ipynb #c96d103b
 NAMES = {"client": "client", "server": "server", "aux": "auxiliary"}  # of a part in the configuration
 
@@ -343,6 +400,8 @@ def init_parts(
 ) -> dict[str, Any]:  # fields of State
     "Fresh models and optimisers for a server and its clients. `ValueError` if batches and network do not fit."
     model, device = experiment.model, next(data[0].batches(0, 0))[0].device
+    if model.cuts:
+        return _parts_of_own_cuts(experiment, data, servers, device)
     split, aux, trial = _fresh_models(experiment, data, auxiliary, device)
     _require_trainable(experiment, data, split)
     if aux is not None:

@@ -13,7 +13,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from .parts import ClockConfig, CodecsConfig, DatasetConfig, ModelConfig
+from .parts import ClockConfig, CodecsConfig, DatasetConfig, ModelConfig, cut_of_each
 from .settings import Settings, algorithms, build, check_types, record_of, setting_fields, settings_of
 from ..core import one_of, require
 from ..data.text import LENGTH
@@ -34,6 +34,7 @@ LATER_FIELDS = {
     "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
+    "model.cuts": [],
     "model.adapter": None, "model.blocks": None, "model.heads": None, "model.context": None,
     "model.pretrained": False,
     "model.auxiliary.blocks": None, "model.auxiliary.start": "random",
@@ -154,6 +155,22 @@ def _settle_head(experiment: Experiment) -> None:
     able = ", ".join(name for name, other in algorithms().items() if other.u_shaped)
     require(False, "model.head_cut", head, f"None for {record.name!r}, {why}; {able} leave it with the client")
 
+# %% ../../nbs/25_config.experiment.ipynb #96a34816
+def _settle_cuts(experiment: Experiment) -> None:
+    "Give each client its cut; refuse cuts of their own where the algorithm has one for all."
+    model, record = experiment.model, record_of(experiment)
+    if not model.cuts:
+        return
+    cuts = cut_of_each(model.cuts, experiment.num_clients)
+    if len(set(cuts)) == 1:
+        object.__setattr__(experiment, "model", replace(model, cut=cuts[0], cuts=()))
+        return
+    why = "whose auxiliary models all belong to one cut" if record.auxiliary else "whose clients have one cut"
+    able = ", ".join(name for name, other in algorithms().items() if other.own_cuts)
+    fine = f"left out for {record.name!r}, {why}; clients of {able} may have cuts of their own"
+    require(record.own_cuts, "model.cuts", list(model.cuts), fine)
+    object.__setattr__(experiment, "model", replace(model, cut=None, cuts=cuts))
+
 # %% ../../nbs/25_config.experiment.ipynb #e24ebbb8
 def _settle_parts(experiment: Experiment) -> None:
     "Refuse what algorithm and network cannot do together; find the plug-ins whose parts are used."
@@ -165,6 +182,7 @@ def _settle_parts(experiment: Experiment) -> None:
         has_one = model.name in AUXILIARIES or model.auxiliary.size == FIRST_LAYERS
         require(has_one, "model.name", model.name, fine)
     _settle_head(experiment)
+    _settle_cuts(experiment)
     _settle_text(experiment)
     experiment.algorithm.follow(experiment)
     _settle_codec(experiment)

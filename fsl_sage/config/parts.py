@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SchedulerConfig', 'OptimizerConfig', 'DatasetConfig', 'ClientConfig', 'ServerConfig', 'AuxiliaryConfig',
-           'AdapterConfig', 'ModelConfig', 'CodecConfig', 'CodecsConfig', 'ClockConfig']
+           'AdapterConfig', 'ModelConfig', 'cut_of_each', 'CodecConfig', 'CodecsConfig', 'ClockConfig']
 
 # %% ../../nbs/24_config.parts.ipynb #266b5dfb
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .settings import check_types, forget, forget_unused
@@ -189,6 +190,7 @@ class ModelConfig:
     heads: int | None = None  # of each block's attention
     context: int | None = None  # positions it knows
     head_cut: str | None = None  # the server's last layer; the layers after it and the labels stay with the client
+    cuts: tuple[str, ...] = ()  # a cut for each client; or shares, as layer1:0.7 layer3:0.3; (): all have the same
     pretrained: bool = False  # of a decoder: whether it starts from a file of weights (`networks.gpt2.find_weights`)
 
     def __post_init__(self):
@@ -207,6 +209,9 @@ class ModelConfig:
         images = MODELS[self.name].reads == "images"
         fine = "None for a network that reads text, whose labels are the text itself"
         require(self.head_cut is None or images, "model.head_cut", self.head_cut, fine)
+        require(not self.cuts or images, "model.cuts", list(self.cuts), "left out for a network that reads text")
+        fine = "left out with model.cuts: the clients' lower parts differ, and so would the head's gradients"
+        require(not self.cuts or self.head_cut is None, "model.head_cut", self.head_cut, fine)
         fine = f"False: the function that builds {self.name!r} loads its weights"
         require(not self.pretrained or self.name in DECODERS, "model.pretrained", True, fine)
         if self.cut == MODELS[self.name].cut_layer:
@@ -216,6 +221,26 @@ class ModelConfig:
             one_of("model.auxiliary.size", self.auxiliary.size, (*AUXILIARIES[self.name][1], *any_cut))
         elif self.auxiliary.size != FIRST_LAYERS:
             object.__setattr__(self, "auxiliary", AuxiliaryConfig())  # it has none
+
+# %% ../../nbs/24_config.parts.ipynb #030db855
+def cut_of_each(
+    cuts: Sequence[str],  # of `ModelConfig.cuts`, not empty
+    n: int,  # clients
+) -> tuple[str, ...]:  # one a client
+    "The cuts that a list or shares give the clients. `ValueError` if it is neither, or does not fit."
+    if not any(":" in cut for cut in cuts):
+        fine = f"one layer for each of the {n} clients, or shares such as layer1:0.7, layer3:0.3"
+        require(len(cuts) == n, "model.cuts", list(cuts), fine)
+        return tuple(cuts)
+    parts = [cut.partition(":") for cut in cuts]
+    numbers = [float(share) if share.replace(".", "", 1).isdecimal() else 0.0 for _, _, share in parts]
+    fine = "layers, or a share above 0 for each layer, as layer1:0.7, with shares that add up to 1"
+    require(min(numbers) > 0 and math.isclose(sum(numbers), 1, abs_tol=1e-6), "model.cuts", list(cuts), fine)
+    counts = [math.floor(n * share + 1e-9) for share in numbers]
+    order = sorted(range(len(counts)), key=lambda k: counts[k] - n * numbers[k])
+    for k in order[: n - sum(counts)]:
+        counts[k] += 1
+    return tuple(layer for (layer, _, _), count in zip(parts, counts, strict=True) for _ in range(count))
 
 # %% ../../nbs/24_config.parts.ipynb #7c8f5bfa
 @dataclass(frozen=True)

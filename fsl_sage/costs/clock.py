@@ -20,7 +20,7 @@ from ..config.parts import ClockConfig
 from ..config.experiment import Experiment
 from ..config.settings import record_of
 from ..core import generator, require
-from .table import Costs, Work, alignment_flops, work_of
+from .table import Costs, Work, alignment_flops, costs_for, work_of
 
 # %% ../../nbs/39_costs.clock.ipynb #75c9bcfb
 class Speed(NamedTuple):
@@ -103,9 +103,12 @@ class Attendance(NamedTuple):
     works: list[Work]  # of each of them; empty if nothing is known of costs
 
 # %% ../../nbs/39_costs.clock.ipynb #1c8e25e9
-def _require_possible(experiment: Experiment, samples: Sequence[int], costs: Costs, of: Sequence[Speed]) -> None:
+def _require_possible(
+    experiment: Experiment, samples: Sequence[int], costs: Costs | list[Costs], of: Sequence[Speed]
+) -> None:
     "`ValueError` if every client would be late for every round."
-    clock, works = experiment.clock, [work_of(experiment, costs, i, n) for i, n in enumerate(samples)]
+    clock = experiment.clock
+    works = [work_of(experiment, costs_for(costs, i), i, n) for i, n in enumerate(samples)]
     least = min(client_latency(work, of[work.client], clock.server_flops) for work in works)
     fine = f"at least {least:.3g} s, what the fastest client takes for a round"
     require(clock.deadline >= least, "clock.deadline", clock.deadline, fine)
@@ -114,7 +117,7 @@ def _require_possible(experiment: Experiment, samples: Sequence[int], costs: Cos
 def attendances(
     experiment: Experiment,
     samples: Sequence[int],  # of each client
-    costs: Costs | None = None,  # needed for a deadline
+    costs: Costs | list[Costs] | None = None,  # of all clients, or one a client; needed for a deadline
 ) -> Iterator[Attendance]:  # one a round, the warm start first
     "Who takes part in each round. `ValueError` if no client could keep the deadline."
     config, clock, n = experiment.algorithm, experiment.clock, experiment.num_clients
@@ -129,7 +132,7 @@ def attendances(
             for i in asked:
                 first = buffered[i] + min(samples[i], experiment.model.client.batch_size)
                 aligned = min(first, config.max_dataset_size) if due else 0
-                works.append(work_of(experiment, costs, i, samples[i], i not in present, aligned, rnd))
+                works.append(work_of(experiment, costs_for(costs, i), i, samples[i], i not in present, aligned, rnd))
         if works and clock and rnd >= 0:
             works = in_time(works, clock, of)
         present = [work.client for work in works] or asked
@@ -141,7 +144,7 @@ def attendances(
 def attended_seconds(
     attendance: Attendance,  # of the round, from `attendances` with these costs
     experiment: Experiment,
-    costs: Costs,  # of its models
+    costs: Costs | list[Costs],  # of its models, or one a client
     clock: ClockConfig,  # the speeds to price it by
     passes: Mapping[int, int] | None = None,  # client → passes of its alignment; None: as many as planned
 ) -> float:  # seconds
@@ -151,7 +154,8 @@ def attended_seconds(
         planned = experiment.algorithm.align_epochs if work.alignment_flops else 0
         made = (passes or {}).get(work.client, planned)
         if made < planned:
-            part = alignment_flops(costs, 1, made) / alignment_flops(costs, 1, planned)
+            own = costs_for(costs, work.client)
+            part = alignment_flops(own, 1, made) / alignment_flops(own, 1, planned)
             work = work._replace(alignment_flops=work.alignment_flops * part)
         works.append(work)
     of = speeds(clock, experiment.num_clients)
@@ -161,7 +165,7 @@ def attended_seconds(
 def simulated_seconds(
     history: Any,  # a `training.History`, with or without a clock of its own
     samples: Sequence[int],  # of each client
-    costs: Costs,  # of its models
+    costs: Costs | list[Costs],  # of its models, or one a client
     clock: ClockConfig,  # the speeds to price it by
 ) -> pd.Series:  # seconds since the start, one for each row of `history.rounds`
     """Price a run again. Who took part stays as it was; `clock.deadline` is not asked.

@@ -124,7 +124,7 @@ def _counted(model: ModelConfig, dataset: DatasetConfig, algorithm: str, batch_s
     own = {name: [SimpleNamespace(model=part, exchanged=lambda part=part: exchanged(part))] if part else []
            for name, part in parts.items()}  # fmt: skip
     criterion = NextToken() if text else F.cross_entropy
-    stand_in: Any = SimpleNamespace(**own, data=[SimpleNamespace(image_shape=shape)], criterion=criterion)
+    stand_in: Any = SimpleNamespace(**own, entries=[], data=[SimpleNamespace(image_shape=shape)], criterion=criterion)
     costs = costs_of(stand_in)
     whole, x = split.to("meta"), example_batch(shape, text, device="meta")[0]  # BatchNorm needs two
     with CountFlops() as counter, held_memory(whole) as held:
@@ -137,10 +137,12 @@ def count(
     run: Experiment,
 ) -> dict[str, float]:  # FLOPs of training, alignment, evaluation; bytes sent; memory in bytes
     "Count what a run computes, sends and holds. `ValueError` if the size of its data set is not known."
-    one = _counted(run.model, run.dataset, run.algorithm.name, run.model.client.batch_size)
+    cuts, asked = run.model.cuts, (run.dataset, run.algorithm.name, run.model.client.batch_size)
+    each = [_counted(replace(run.model, cut=cut, cuts=()), *asked) for cut in cuts]  # of the clients
+    one = max(each, key=lambda counted: counted.costs.client_bytes) if cuts else _counted(run.model, *asked)
     samples, tested = share(run)
     works, sent, made = [], 0, 0
-    for attendance in attendances(run, samples, one.costs):
+    for attendance in attendances(run, samples, [own.costs for own in each] or one.costs):
         works += attendance.works
         sent += sum(work.up + work.down for work in attendance.works)
         made += attendance.round >= 0

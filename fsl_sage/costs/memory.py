@@ -125,7 +125,7 @@ def client_memory(
 ) -> ClientMemory | None:  # None: what the algorithm's clients do is not known
     "Count what the most loaded client of `state` holds, on the device where the state is."
     cost, experiment = record_of(state.experiment).cost, state.experiment
-    if cost is None or experiment.model.head_cut is not None:
+    if cost is None or experiment.model.head_cut is not None or experiment.model.cuts:
         return None
     n = min(experiment.model.client.batch_size, max(map(len, state.data)))
     with random_stream(generator(0, "memory"), state.device), arithmetic(experiment.precision):

@@ -175,6 +175,8 @@ def check_remote(experiment: Experiment) -> None:
     require(experiment.clock is None, "clock", experiment.clock, "left out between machines, where time is real")
     fine = "left out between machines, where a place has one part of a network and a client would have two"
     require(experiment.model.head_cut is None, "model.head_cut", experiment.model.head_cut, fine)
+    fine = "left out between machines: each place there knows the others' models by its own"
+    require(not experiment.model.cuts, "model.cuts", list(experiment.model.cuts), fine)
     experiment.algorithm.between_machines()
 
 # %% ../../nbs/78_machines.remote.ipynb #556123a2

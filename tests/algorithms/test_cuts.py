@@ -4,17 +4,25 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 import torchvision.models as zoo
 
 from fsl_sage.algorithms.all import ALGORITHMS
+from fsl_sage.algorithms.base import average_layers, global_model
+from fsl_sage.algorithms.record import begin
+from fsl_sage.algorithms.state import FixedData, server_of
 from fsl_sage.commands.train import main
 from fsl_sage.commands.words import jobs_of
 from fsl_sage.config.presets import preset
 from fsl_sage.config.settings import record_of
-from fsl_sage.costs.clock import simulated_seconds
+from fsl_sage.costs.clock import client_latency, simulated_seconds, speeds
+from fsl_sage.costs.estimate import count
+from fsl_sage.costs.table import work_of
 from fsl_sage.experiments.models import whole_state
-from fsl_sage.experiments.setup import register_of, set_up
+from fsl_sage.experiments.setup import cuts_in_time, register_of, set_up
 from fsl_sage.experiments.train import train, train_state
+from fsl_sage.ledger import Ledger
+from fsl_sage.machines.remote import check_remote
 from fsl_sage.networks.zoo import MODELS
 from fsl_sage.papers.explore import explore
 from tests.support.runs import assert_same, stopped_after, tiny
@@ -166,3 +174,136 @@ def test_a_u_shaped_run_goes_on_from_its_checkpoint_and_keeps_one_model(tmp_path
     _, state = train_state(experiment, "cpu", progress=False)
     names = whole_state(record_of(experiment).evaluation_models(state)[0])
     assert set(names) == set(MODELS["resnet18"].build(1, 10, 28, 8).state_dict())
+
+
+# Each client its own cut.
+
+OWN = {"resnet18": ("layer3", "relu", "layer1.0"), "simple_conv": ("relu4", "conv1", "flatten"),
+       "alexnet": ("fc7", "pool1", "relu4")}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"participation": 0.67}])
+@pytest.mark.parametrize("model", OWN)
+def test_splitfed_ms_is_fed_avg_whatever_the_clients_cuts(model, changes):
+    own = rounds_of("sl_multi_server", model, **{"model.cuts": list(OWN[model])}, **changes)
+    assert alike(own, rounds_of("fed_avg", model, **changes))
+
+
+@pytest.mark.parametrize("name", ["sl_single_server", "sl_multi_server"])
+def test_cuts_between_which_nothing_is_trained_are_one_cut(name):
+    """Below a ReLU or above it: no layer with weights changes sides."""
+    own = rounds_of(name, "resnet18", **{"model.cuts": ["relu", "bn1", "maxpool"]})
+    assert alike(own, rounds_of(name, "resnet18", **{"model.cut": "relu"}))
+
+
+@pytest.mark.parametrize("name", ["sl_single_server", "sl_multi_server"])
+def test_equal_cuts_are_the_run_with_one_cut(name):
+    """The same description, so the same run in every bit; also where the parts are made for cuts of their own."""
+    one = preset("smoke", name, **(SMALL | {"model.name": "resnet18", "model.cut": "layer1"}))
+    for cuts in (["layer1"] * 3, ["layer1:1.0"], ["layer1:0.9", "layer3:0.1"]):
+        assert preset("smoke", name, **(SMALL | {"model.name": "resnet18", "model.cuts": cuts})) == one
+    published = preset("smoke", name, **(SMALL | {"model.name": "resnet18", "model.cuts": ["layer2"] * 3}))
+    assert published == one.replace(**{"model.cut": None}) and "cuts" not in published.to_dict()["model"]
+
+
+def test_layers_are_averaged_from_wherever_they_are():
+    """By hand, with one server: client 0 has the first layer, client 1 the first two, and the server all above it."""
+    cuts = {"model.name": "simple_conv", "model.cuts": ["flatten", "relu3"], "num_clients": 2}
+    data = [FixedData(torch.randn(n, 1, 28, 28), torch.zeros(n, dtype=torch.long), batch_size=8) for n in (2, 6)]
+    state = begin(preset("smoke", "sl_single_server", **cuts), data, Ledger())
+    for part, value in ((state.clients[0], 1.0), (state.clients[1], 2.0), (state.servers[0], 4.0)):
+        for parameter in part.model.parameters():
+            parameter.data.fill_(value)
+    average_layers(state)
+    mean = {name: float(tensor.mean()) for name, tensor in whole_state(global_model(state)).items()}
+    below = 0.25 * 1 + 0.75 * 2  # both clients have it
+    between = 0.25 * 4 + 0.75 * 2  # client 0 has its share at the server
+    wanted = {"conv1": below, "conv2": below, "fc1": between, "fc2": 4.0, "olayer": 4.0}
+    assert {name: wanted[name.split(".")[0]] for name in mean} == pytest.approx(mean)
+    one, other = ({name for name, _ in client.model.named_parameters()} for client in state.clients)
+    assert other - one == {"fc1.weight", "fc1.bias"} and all(len(server_of(state, i).model(z)) for i, z in enumerate(
+        [state.clients[0].model(data[0].x), state.clients[1].model(data[1].x)]))  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"participation": 0.67, "clock.deadline": 0.09}])
+@pytest.mark.parametrize("name", ["sl_single_server", "sl_multi_server"])
+def test_each_clients_bytes_are_those_of_its_cut(name, changes):
+    own = {"model.name": "resnet18", "model.cuts": list(OWN["resnet18"]), "clock.spread": 0.5}
+    experiment = preset("smoke", name, **(SMALL | own | changes))
+    history, register = train(experiment, "cpu", progress=False), register_of(set_up(experiment), clock=True)
+    assert len({costs.client_bytes for costs in register.costs}) == 3
+    again = simulated_seconds(history, register.samples, register.costs, experiment.clock)  # refuses other bytes
+    assert again.tolist() == pytest.approx(history.rounds.clock_seconds.tolist())
+
+
+def test_the_clock_gives_each_client_the_deepest_cut_in_time():
+    cuts = ("layer1", "layer2", "layer3", "layer4")
+    small = SMALL | {"model.name": "resnet18", "num_clients": 6, "clock.spread": 1.5, "clock.deadline": 0.05}
+    experiment = preset("smoke", "sl_multi_server", **small)
+    chosen = cuts_in_time(experiment, cuts)
+    assert len(set(chosen)) > 1
+    speed = speeds(experiment.clock, 6)
+
+    def seconds(i, cut):
+        run = experiment.replace(**{"model.cut": cut})
+        register = register_of(set_up(run), clock=True)
+        return client_latency(work_of(run, register.costs, i, register.samples[i]), speed[i], run.clock.server_flops)
+
+    for i, cut in enumerate(chosen):
+        deeper = cuts[cuts.index(cut) + 1 :]
+        if seconds(i, cut) <= 0.05:
+            assert all(seconds(i, other) > 0.05 for other in deeper)
+        else:
+            assert seconds(i, cut) == min(seconds(i, other) for other in cuts)
+    with pytest.raises(ValueError, match="clock=None: must be a clock with a deadline"):
+        cuts_in_time(preset("smoke"), cuts)
+
+
+def test_a_run_with_cuts_of_their_own_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    experiment = tiny("sl_single_server", **{"model.name": "resnet18", "model.cuts": ["layer1", "layer3", "layer2"]})
+    whole = train(experiment, "cpu", progress=False)
+    stopped_after(1, monkeypatch, experiment, tmp_path / "run")
+    assert_same(whole, train(experiment, "cpu", progress=False, checkpoint=tmp_path / "run"))
+
+
+REFUSED = [
+    ({"algorithm.name": "fsl_sage"}, "'fsl_sage', whose auxiliary models all belong to one cut; clients of sl_si"),
+    ({"algorithm.name": "cse_fsl"}, "'cse_fsl', whose auxiliary models all belong to one cut"),
+    ({"algorithm.name": "psl"}, "left out for 'psl', whose clients have one cut"),
+    ({"num_clients": 4}, "model.cuts=.*one layer for each of the 4 clients, or shares"),
+    ({"model.cuts": ["layer1:0.5", "layer2:0.4"]}, "shares that add up to 1"),
+    ({"model.cuts": ["layer1:0.5", "layer2"]}, "a share above 0 for each layer"),
+    ({"model.head_cut": "layer4"}, "model.head_cut='layer4': must be left out with model.cuts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_cuts_that_do_not_fit_are_refused(changes, message):
+    fine = preset("smoke", "sl_multi_server", **{"model.cuts": ["layer1", "layer3", "layer2"]})
+    with pytest.raises(ValueError, match=message):
+        fine.replace(**changes)
+
+
+def test_shares_are_a_list_and_streamed_clients_cannot_differ():
+    shares = preset("smoke", "sl_multi_server", num_clients=5, **{"model.cuts": ["layer1:0.6", "layer3:0.4"]})
+    listed = ["layer1"] * 3 + ["layer3"] * 2
+    assert shares == preset("smoke", "sl_multi_server", num_clients=5, **{"model.cuts": listed})
+    with pytest.raises(ValueError, match="in_flight=2: must be all 5 clients"):
+        train(shares, "cpu", progress=False, in_flight=2)
+    with pytest.raises(ValueError, match=r"model.cuts=.*left out between machines"):
+        check_remote(shares)
+    words = ["preset=smoke", "algorithm=sl_multi_server", "num_clients=5", "model.cuts=[layer1:0.6,layer3:0.4]"]
+    (job,) = jobs_of(words)
+    assert job.experiment == shares
+
+
+def test_an_estimate_counts_each_clients_cut_and_each_head():
+    one, other = ({"model.cuts": [cut] * 3} for cut in ("layer1", "layer3"))
+    mixed = {"model.cuts": ["layer1", "layer3", "layer3"]}
+    counted = [count(preset("smoke", "sl_multi_server", **cuts)) for cuts in (one, other, mixed)]
+    for name in ("training", "bytes"):
+        shallow, deep, between = (row[name] for row in counted)
+        assert between == pytest.approx((shallow + 2 * deep) / 3)
+    experiment = preset("smoke", "sl_multi_server", **{"dataset.distribution": "iid"}, **u_shaped("layer1", "layer3"))
+    history = train(experiment, "cpu", progress=False)
+    assert count(experiment)["bytes"] == history.rounds.paper_bytes.iloc[-1]
