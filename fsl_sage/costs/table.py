@@ -123,8 +123,9 @@ def _counted(
     def step(network: Callable, x: Tensor) -> float:
         return _flops(lambda: backward(criterion(network(x), y)), n)
 
-    middle, ends = server, isinstance(client, Ends)
-    server = nn.Sequential(server, client.head) if ends else server
+    middle = server
+    if isinstance(client, Ends):
+        server = nn.Sequential(middle, client.head)
 
     counted: dict[str, Any] = {
         "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: backward(client(x).sum()), n),
@@ -134,7 +135,7 @@ def _counted(
         "smashed": tensor_bytes(smashed) // n, "cut": tuple(smashed.shape[1:]),
         "statistics": tensor_bytes(dict(client.named_buffers())),
     }  # fmt: skip
-    if ends:
+    if isinstance(client, Ends):
         counted |= _u_shaped_costs(client, middle, x, smashed, y, criterion)
     if aux is not None:
         counted |= _auxiliary_costs(client, aux, x, smashed, y, criterion)

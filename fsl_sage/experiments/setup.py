@@ -21,7 +21,7 @@ from ..config.settings import record_of
 from ..core import arithmetic, generator, require
 from ..costs.clock import attended_seconds, client_latency, speeds
 from ..costs.memory import ClientMemory, client_memory
-from ..costs.table import Costs, costs_of_each, work_of
+from ..costs.table import Costs, costs_of, costs_of_each, work_of
 from ..data.batches import ClientData
 from ..data.images import Dataset, Images
 from ..data.partition import partition, sorting_labels
@@ -168,8 +168,9 @@ def cuts_in_time(
     of, takes = speeds(clock, experiment.num_clients), []
     for cut in cuts:
         run = experiment.replace(**{"model.cut": cut, "model.cuts": []})
-        register = register_of(set_up(run, root), clock=True)
-        works = [work_of(run, register.costs, i, n) for i, n in enumerate(register.samples)]
+        state = set_up(run, root)
+        costs, samples = costs_of(state), map(len, state.data)
+        works = [work_of(run, costs, i, n) for i, n in enumerate(samples)]
         takes.append([client_latency(work, of[work.client], clock.server_flops) for work in works])
     each = list(zip(*takes, strict=True))
     kept = [[k for k, seconds in enumerate(own) if seconds <= clock.deadline] for own in each]
