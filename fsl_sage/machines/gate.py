@@ -76,7 +76,7 @@ def signature(
 
 # %% ../../nbs/86_machines.gate.ipynb #4ecb4684
 class Refused(Exception):
-    "Why the gate does not let somebody in, as a sentence."
+    "Why the gate refuses a request, as a sentence."
 
 
 class NoGate(Exception):
@@ -91,7 +91,7 @@ def signer(
     headers: Mapping[str, str],  # of a request
     keys: Mapping[bytes, str],  # from `known_keys`
 ) -> str:  # who it is
-    "Who has signed a request. `Refused` if it is nobody who is known."
+    "Who has signed a request. `Refused` if none of `keys` has."
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
     from cryptography.hazmat.primitives.hashes import SHA256
@@ -161,14 +161,14 @@ class Gate:
         app: Any,  # an ASGI application
         mark: str,  # of the processes that may ask everything
         most: int,  # bytes that a request of others may have
-        keys: Mapping[bytes, str] | None = None,  # from `known_keys`; None: nobody else's is needed or known
+        keys: Mapping[bytes, str] | None = None,  # from `known_keys`; None: no key is needed or known
         anyone: bool = False,  # whether clients without a key are let in
     ):
         self.app, self.neighbours, self.most, self.keys, self.told = app, Neighbours(mark), most, keys, set()
         self.routes = CLIENTS if keys is not None else CLIENTS + REGISTER if anyone else ()
 
     def look(self, path: str, ends: tuple[End, End], headers: Mapping[str, str]) -> str | None:
-        "Who it is; None: one of our own. `Refused` says why somebody is not let in."
+        "Who it is; None: one of our own. `Refused` says why a request is not let in."
         try:
             if path not in (*self.routes, KNOCK):
                 raise Refused("only the server's own processes may ask for this")
