@@ -6,6 +6,7 @@
 __all__ = ['schedule_factor', 'ReleasedAdamW', 'make_part']
 
 # %% ../../nbs/28_algorithms.optimisers.ipynb #b8bd788c
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,15 +19,28 @@ from ..networks.part import Part, StepSchedule
 from ..networks.recording import new_recorder
 
 # %% ../../nbs/28_algorithms.optimisers.ipynb #d6424420
+def _cosine(rnd: int, rounds: int, rise: int, gamma: float) -> float:
+    "A straight line up to 1 in round `rise`, then half a cosine down to `gamma` at the end of the run."
+    if rnd < rise:
+        return (rnd + 1) / (rise + 1)
+    part = min(1.0, (rnd - rise) / max(1, rounds - rise))
+    return gamma + (1 - gamma) * (1 + math.cos(math.pi * part)) / 2
+
+
 def schedule_factor(
-    schedule: SchedulerConfig,  # fraction or cyclic
-    rounds: int | None,  # of the whole run; fraction needs it
+    schedule: SchedulerConfig,  # fraction, cyclic, cosine or warmup
+    rounds: int | None,  # of the whole run; fraction and cosine need it
 ) -> Callable[[int], float]:  # round → factor on the learning rate
     "What `schedule` makes of a rate of 1. `ValueError` if it needs the number of rounds and does not get it."
     gamma, step = schedule.gamma, schedule.step_size
     if schedule.name == "cyclic":
         return lambda rnd: gamma + (1 - gamma) * (1 - abs(rnd / step % 2 - 1))
-    require(rounds is not None, "rounds", rounds, "known to a schedule by fraction")
+    rise = schedule.warmup_rounds
+    if schedule.name == "warmup":
+        return lambda rnd: min(1.0, (rnd + 1) / (rise + 1))
+    require(rounds is not None, "rounds", rounds, f"known to the schedule {schedule.name!r}")
+    if schedule.name == "cosine":
+        return lambda rnd: _cosine(rnd, rounds, rise, gamma)
     drop = int(schedule.fraction * rounds + 1e-9)  # 0.29 · 100 is not quite 29
     return lambda rnd: gamma if drop >= 1 and rnd >= drop - schedule.early else 1.0
 

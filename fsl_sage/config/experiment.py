@@ -34,12 +34,13 @@ LATER_FIELDS = {
     "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
-    "model.cuts": [],
+    "model.cuts": [], "target_accuracy": None,
     "model.adapter": None, "model.blocks": None, "model.heads": None, "model.context": None,
     "model.pretrained": False,
     "model.auxiliary.blocks": None, "model.auxiliary.start": "random",
     **{f"model.{part}.optimizer.{field}": default for part in ("client", "server", "auxiliary")
-       for field, default in {"eps": 1e-8, "scheduler.warmup_steps": 0, "scheduler.total_steps": None}.items()},
+       for field, default in {"eps": 1e-8, "scheduler.warmup_steps": 0, "scheduler.total_steps": None,
+                                 "scheduler.warmup_rounds": 0}.items()},
 }  # fields that came later, by dotted name → the value with which they are left out  # fmt: skip
 FIRST_SETTINGS = {
     "server_update_interval": 5, "align_interval": 10, "align_epochs": 100, "align_batch_size": 1000,
@@ -97,6 +98,7 @@ class Experiment:
     participation_seed: int | None = None  # of that draw
     clock: ClockConfig | None = None  # a simulated clock, if not None
     codec: CodecsConfig = CodecsConfig()  # how what crosses the cut is packed for the way
+    target_accuracy: float | None = None  # on the test set, in (0, 1]: the run ends once it is reached; None: none
 
     def __post_init__(self):
         _settle(self)
@@ -135,6 +137,8 @@ def _settle(experiment: Experiment) -> None:
     require(experiment.eval_every >= 1, "eval_every", experiment.eval_every, "at least 1 round")
     budget = experiment.comm_threshold_mb
     require(budget is None or budget > 0, "comm_threshold_mb", budget, "greater than 0 MiB, or None")
+    target = experiment.target_accuracy
+    require(target is None or 0 < target <= 1, "target_accuracy", target, "greater than 0, at most 1, or None")
     given = {name: getattr(experiment, name) for name in SEEDS}
     object.__setattr__(experiment, "_given", given)
     for name, value in {"seed": experiment.seed, **given}.items():

@@ -26,29 +26,34 @@ from ..networks.zoo import MODELS, NORMS
 class SchedulerConfig:
     "A learning-rate schedule, in rounds."
 
-    name: str = "multistep"  # multistep, step, fraction, cyclic; or warmup_linear, in steps
+    name: str = "multistep"  # multistep, step, fraction, cyclic, cosine, warmup; or warmup_linear, in steps
     milestones: tuple[int, ...] = ()  # multistep: the rounds of its drops
     step_size: int = 50  # step: rounds between drops; cyclic: half a cycle
-    gamma: float = 0.1  # factor at each drop; cyclic: of the lowest rate
+    gamma: float = 0.1  # factor at each drop; cyclic: of the lowest rate; cosine: at the end, also 0
     fraction: float = 0.8  # fraction: the part of all rounds after which the rate drops, in (0, 1]
     early: int = 0  # fraction: how many rounds before that; 1 as in SGLR's released code
     warmup_steps: int = 0  # warmup_linear: steps in which the rate rises from 0; then it falls to 0
     total_steps: int | None = None  # warmup_linear: where it is 0 again; None: at the part's last step
+    warmup_rounds: int = 0  # cosine, warmup: rounds of rising rates before the first at the full one
 
     def __post_init__(self):
         check_types(self, "scheduler.")
         own = {"multistep": "milestones", "step": "step_size", "fraction": "fraction", "cyclic": "step_size"}
-        own["warmup_linear"] = "warmup_steps"
+        own |= {"warmup_linear": "warmup_steps", "cosine": "warmup_rounds", "warmup": "warmup_rounds"}
         one_of("scheduler.name", self.name, own)
         require(all(m > 0 for m in self.milestones), "scheduler.milestones", self.milestones, "rounds from 1 on")
         require(self.step_size >= 1, "scheduler.step_size", self.step_size, "at least 1 round")
-        require(0 < self.gamma < math.inf, "scheduler.gamma", self.gamma, "greater than 0")
+        least = self.gamma >= 0 if self.name == "cosine" else self.gamma > 0
+        fine = "0 or more" if self.name == "cosine" else "greater than 0"
+        require(least and self.gamma < math.inf, "scheduler.gamma", self.gamma, fine)
         require(0 < self.fraction <= 1, "scheduler.fraction", self.fraction, "greater than 0, at most 1")
         require(self.early >= 0, "scheduler.early", self.early, "0 rounds or more")
         require(self.warmup_steps >= 0, "scheduler.warmup_steps", self.warmup_steps, "0 steps or more")
+        require(self.warmup_rounds >= 0, "scheduler.warmup_rounds", self.warmup_rounds, "0 rounds or more")
         total = self.total_steps
         require(total is None or total >= 1, "scheduler.total_steps", total, "at least 1 step, or None")
-        more = {"fraction": ("gamma", "early"), "warmup_linear": ("total_steps",)}.get(self.name, ("gamma",))
+        others = {"fraction": ("gamma", "early"), "warmup_linear": ("total_steps",), "warmup": ()}
+        more = others.get(self.name, ("gamma",))
         forget_unused(self, ("name", own[self.name], *more))
 
 # %% ../../nbs/24_config.parts.ipynb #00556e04

@@ -21,7 +21,7 @@ from .store import check_writable, model_of
 from .attempt import run_name
 from ..networks.cut import Ends, SplitModel
 from .callbacks import Callback, Models, RunStart
-from .history import History
+from .history import WHOLE, History
 
 # %% ../../nbs/56_experiments.models.ipynb #138c5823
 def whole_state(
@@ -51,7 +51,7 @@ class KeepModel(Callback):
 
     def end(self, history: History, models: Models) -> None:
         "Only for a whole run. `OSError` if the file cannot be written."
-        if history.stopped not in ("rounds", "budget") or not (self.only is None or history.experiment in self.only):
+        if history.stopped not in WHOLE or not (self.only is None or history.experiment in self.only):
             return
         tensors = {f"{i}.{n}": t for i, model in enumerate(models()) for n, t in whole_state(model).items()}
         name = run_name(self.store, history.experiment, history.data)

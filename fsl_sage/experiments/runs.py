@@ -23,7 +23,7 @@ from .provenance import provenance
 from .store import checkpoint_of, model_of, put_run, read_whole, remove, run_lock
 from .stored import StoredRuns
 from .callbacks import Callback
-from .history import History
+from .history import WHOLE, History
 
 # %% ../../nbs/52_experiments.runs.ipynb #004c1094
 def _set_aside(store: Path, name: str) -> bool:
@@ -83,9 +83,8 @@ class RunStore(StoredRuns):
         federation: dict[str, Any] | None = None,  # what makes it another run than the simulation; None: nothing
     ) -> Path:  # the run's folder
         "Store a finished run. One of the same experiment that is there already stays. `ValueError` if it is not whole."
-        whole = history.stopped in ("rounds", "budget")
-        fine = "'rounds' or 'budget': only a whole run has its experiment's hash"
-        require(whole, "history.stopped", history.stopped, fine)
+        fine = f"one of {', '.join(WHOLE)}: only a whole run has its experiment's hash"
+        require(history.stopped in WHOLE, "history.stopped", history.stopped, fine)
         notes = {"core_seconds": history.core_seconds, "data": history.data}
         root, made_with = self.root, provenance(device, wall_seconds) | notes
         if federation:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ..config.experiment import Experiment, MissingPluginError, from_dict
 from ..core import one_of, printable, printable_lines, require
-from .history import History
+from .history import WHOLE, History
 
 # %% ../../nbs/48_experiments.store.ipynb #5272da64
 RUN = re.compile("[0-9a-f]{16}(-[0-9a-f]{8})?")  # what a run's folder is called: its hash, and perhaps its data
@@ -236,7 +236,7 @@ def read_whole(
                 f"provenance.json there), point FSL_SAGE_RUNS elsewhere, or {way_out}"
             )
         about = _unsealed(about, "history.json")
-        one_of("stopped", about["stopped"], ("rounds", "budget", "diverged"))
+        one_of("stopped", about["stopped"], (*WHOLE, "diverged"))
         experiment = _read_experiment(folder, experiment, way_out)
         made_with = _read_provenance(folder, way_out)
         tables = {name: _read_table(folder, name, about["tables"][name], way_out) for name in TABLES}

@@ -28,9 +28,9 @@ from ..data.batches import ClientData, text_lengths
 from ..experiments.checkpoint import Progress
 from ..experiments.digests import building, with_files
 from ..experiments.history import ALIGNMENT_COLUMNS, DivergedError, History
-from ..experiments.loop import Bench, Round, Run, is_due, is_last
-from ..experiments.loop import is_spent, rounds
-from ..experiments.train import trouble, write_down
+from ..experiments.loop import Bench, Round, Run, ending, is_due
+from ..experiments.loop import rounds
+from ..experiments.train import ended, trouble, write_down
 from ..ledger import Ledger, framing_bytes
 from ..networks.part import Part
 from .messages import MessageError
@@ -321,7 +321,7 @@ def close_round(
     fetch_models(state, ledger, due)
     results = bench.accuracies(state, due)
     bad = trouble(made, results, due)
-    more = bad is None and not is_last(experiment, ledger, made.number)
+    more = bad is None and not ending(experiment, ledger, made.number, results)
     for i in range(len(state.clients)):
         ledger.send(i, {"more.": torch.tensor(more)})
     if bad:
@@ -341,10 +341,13 @@ def serve(
     "All rounds that are left, at the server."
     experiment, done = state.experiment, done or Progress(0)
     run = WireRun(state, ledger, rounds_of(experiment, done.next_round, taking_part))
-    for made in rounds_here(run):
+    over = ended(done, experiment, ledger)
+    for made in () if over else rounds_here(run):
         close_round(made, run, bench, done)
         each_round(done)
-    history = served(experiment, done, ledger, "budget" if is_spent(experiment, ledger) else "rounds")
+        if over := ended(done, experiment, ledger):
+            break
+    history = served(experiment, done, ledger, over)
     return replace(history, data=with_files(bench.dataset.digest, experiment))
 
 

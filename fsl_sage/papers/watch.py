@@ -79,7 +79,9 @@ def watched_rounds(
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> Iterator[tuple[int, State]]:  # round, from -1; the state after it, which the next round changes
-    """Run `experiment`'s rounds one by one, as `train` does, until its rounds or its budget end. Nothing is evaluated.
+    """Run `experiment`'s rounds one by one, as `train` does, until its rounds or its budget end.
+
+    Nothing is evaluated, so a target accuracy ends no run here.
 
     >>> from fsl_sage import preset, watched_rounds
     >>> small = preset("smoke", "fed_avg", rounds=2, **{"dataset.max_train": 96})

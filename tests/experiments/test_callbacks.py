@@ -151,7 +151,7 @@ def test_a_store_never_takes_a_stopped_run_for_the_whole_one(tmp_path):
     assert store.find(experiment) is None and read_all(tmp_path) == []
     assert not model_of(tmp_path, experiment.hash).exists()
     load_beside(checkpoint_of(tmp_path, experiment.hash), experiment)  # it can be read
-    with pytest.raises(ValueError, match=r"history\.stopped='callback': must be 'rounds' or 'budget'"):
+    with pytest.raises(ValueError, match=r"history\.stopped='callback': must be one of rounds, budget, target"):
         store.save(caught.value.history, 1.0, "cpu")
     (whole,) = store.get([experiment], "cpu", progress=False, jobs=1, callbacks=[hears])
     assert ("start", experiment.hash, 1, [0]) in hears.heard  # it went on
