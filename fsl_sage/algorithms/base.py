@@ -56,7 +56,7 @@ def aggregate(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
-    **groups: Sequence[Part],  # parts to exchange by kind, one a client: client_model=state.clients, …
+    **groups: Sequence[Part],  # parts to exchange by kind, one per client: client_model=state.clients, …
 ) -> None:
     "Clients send models, the server averages them with weights n_i/n and sends the average back."
     for i in state.present:
@@ -71,7 +71,7 @@ def broadcast(
     state: State,
     rnd: int,  # round; -1: the initial models
     ledger: Ledger,
-    **groups: Sequence[Part],  # parts to send by kind, one a client
+    **groups: Sequence[Part],  # parts to send by kind, one per client
 ) -> None:
     "The server sends each client its models; what is fixed in them only before the first round."
     first = ledger.phase == "start"
@@ -240,6 +240,6 @@ def only_global(
 
 def one_per_client(
     state: State,
-) -> list[nn.Module]:  # one a client
+) -> list[nn.Module]:  # one per client
     "The models to evaluate where each client keeps its own: server ∘ client i."
     return [SplitModel(client.model, state.servers[0].model) for client in state.clients]

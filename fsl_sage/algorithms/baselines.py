@@ -74,7 +74,7 @@ def _shared(state: State) -> bool:
 
 def init_fed_avg(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> State:
     "A whole network at every client; with `share_server` all of them hold one and the same upper half."

@@ -31,7 +31,7 @@ from ..networks.part import server_step
 # %% ../../nbs/35_algorithms.controls.ipynb #b37c47fd
 def init_frozen(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> State:
     "One server, and clients none of whose parameters is trained."

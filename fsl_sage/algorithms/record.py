@@ -67,7 +67,7 @@ GRADIENT = "gradient"  # likewise: the gradient at the cut
 # %% ../../nbs/32_algorithms.record.ipynb #114740bd
 def begin(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> State:
     "Fresh models as the algorithm's record says; the server sends the clients what they start from."

@@ -70,7 +70,7 @@ class SageSettings(UploadSettings):
 class SageState(State):
     "The federation and the server's alignment buffers."
 
-    buffers: list[AlignmentBuffer] = field(default_factory=list)  # one a client
+    buffers: list[AlignmentBuffer] = field(default_factory=list)  # one per client
     told: Callable[[int, AlignmentBuffer, Tensor], None] | None = None  # of each alignment: client, buffer, target
 
 # %% ../../nbs/34_algorithms.sage.ipynb #ce21b4af
@@ -167,7 +167,7 @@ def _one(client: nn.Module, model: nn.Module, state: SageState) -> bool:
 # %% ../../nbs/34_algorithms.sage.ipynb #3a11c4ae
 def init(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> SageState:
     "One server; an auxiliary model and an empty alignment buffer for every client."

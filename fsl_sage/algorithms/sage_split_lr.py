@@ -25,7 +25,7 @@ class SageSplitLrSettings(SplitLrSettings, SageSettings):
 
 def init(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> SageState:
     "FSL-SAGE's state, whose server learns at SplitLr's rate."

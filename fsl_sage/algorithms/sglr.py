@@ -95,7 +95,7 @@ def server_rate(
 
 def split_lr_server(
     experiment: Experiment,  # its settings have an `lr_power`
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     server: nn.Module,  # the model; not copied
 ) -> Part:
     "A fresh server that learns at SplitLr's rate; those who are asked in a round count as its clients."
@@ -129,8 +129,8 @@ def active_clients(
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #5afd67e9
 def concat_batch(
-    smashed: list[Tensor],  # one a client, each (B, …)
-    labels: list[Tensor],  # one a client, each (B,), integers
+    smashed: list[Tensor],  # one per client, each (B, …)
+    labels: list[Tensor],  # one per client, each (B,), integers
     classes: int,
     stream: torch.Generator,  # on the CPU
 ) -> tuple[Tensor, Tensor]:  # (n·B, …); (n·B,)
@@ -139,8 +139,8 @@ def concat_batch(
 
 
 def pooling(
-    smashed: list[Tensor],  # one a client, each (B, …)
-    labels: list[Tensor],  # one a client, each (B,), integers
+    smashed: list[Tensor],  # one per client, each (B, …)
+    labels: list[Tensor],  # one per client, each (B,), integers
     classes: int,
     stream: torch.Generator,  # on the CPU
 ) -> tuple[Tensor, Tensor]:  # (B, …); (B, classes), shares that add up to 1
@@ -163,8 +163,8 @@ def _with_next(parts: list[Tensor]) -> list[Tensor]:
 
 
 def concat_batch_pool(
-    smashed: list[Tensor],  # one a client, each (B, …)
-    labels: list[Tensor],  # one a client, each (B,), integers
+    smashed: list[Tensor],  # one per client, each (B, …)
+    labels: list[Tensor],  # one per client, each (B,), integers
     classes: int,
     stream: torch.Generator,  # on the CPU
 ) -> tuple[Tensor, Tensor]:  # (n·B, …); (n·B, classes), shares that add up to 1
@@ -173,8 +173,8 @@ def concat_batch_pool(
 
 
 def concat_channels(
-    smashed: list[Tensor],  # one a client, each (B, channel, …)
-    labels: list[Tensor],  # one a client, each (B,), integers
+    smashed: list[Tensor],  # one per client, each (B, channel, …)
+    labels: list[Tensor],  # one per client, each (B,), integers
     classes: int,
     stream: torch.Generator,  # on the CPU
 ) -> tuple[Tensor, Tensor]:  # (B, n·channel, …); (B·n,)
@@ -300,7 +300,7 @@ def epsilon(
 # %% ../../nbs/36_algorithms.sglr.ipynb #abefd8bb
 def require_equal_batches(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
 ) -> None:
     "`ValueError` if clients differ in their number of samples and the algorithm cannot do with that; names the field."
     config, sizes = experiment.algorithm, [len(local) for local in data]
@@ -314,7 +314,7 @@ def require_equal_batches(
 # %% ../../nbs/36_algorithms.sglr.ipynb #127b08eb
 def init(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> State:
     "One server with SplitLr's rate, clients that keep their own models. `ValueError` as by `require_equal_batches`."
@@ -330,7 +330,7 @@ def init(
 
 def widened(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     client: nn.Module,  # left as it is
     server: nn.Module,  # for one client; copied
     fast: bool = True,  # whether it works in the fast memory layout
@@ -407,7 +407,7 @@ def run_round(
 # %% ../../nbs/36_algorithms.sglr.ipynb #d546e34c
 def evaluation_models(
     state: State,
-) -> list[nn.Module]:  # one a client
+) -> list[nn.Module]:  # one per client
     "Server ∘ client i, for every client: the paper's accuracy is the mean of theirs."
     server = state.servers[0].model
     if isinstance(server, ManyHeads):

@@ -113,10 +113,10 @@ class State:
     "A server and its clients between two rounds."
 
     experiment: Experiment  # what was asked for
-    data: Sequence[LocalData]  # one a client
-    clients: Sequence[Part]  # one a client; a Fleet where only some are on the device
-    servers: Sequence[Part]  # one for all, or one a client
-    auxes: Sequence[Part] = field(default_factory=list)  # one a client, or none
+    data: Sequence[LocalData]  # one per client
+    clients: Sequence[Part]  # one per client; a Fleet where only some are on the device
+    servers: Sequence[Part]  # one for all, or one per client
+    auxes: Sequence[Part] = field(default_factory=list)  # one per client, or none
     drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # of client, server, aux: those that draw
     entries: list[nn.Module] = field(default_factory=list, kw_only=True)  # see `server_of`
     fast: bool = field(default=True, kw_only=True)  # whether the parts work in the fast memory layout
@@ -230,7 +230,7 @@ def _fresh_decoder(
 # %% ../../nbs/29_algorithms.state.ipynb #46ee7aad
 def _fresh_models(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     auxiliary: bool,  # whether an auxiliary model is wanted
     device: torch.device,
 ) -> tuple[SplitModel, nn.Module | None, Trial]:
@@ -295,10 +295,10 @@ def _require_trainable(experiment: Experiment, data: Sequence[LocalData], networ
 # %% ../../nbs/29_algorithms.state.ipynb #5f3d9f1c
 def own_steps(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     kind: str,  # client, server or aux
-    servers: int = 1,  # 1, or one a client
-) -> list[int]:  # one a client, or one for the one server
+    servers: int = 1,  # 1, or one per client
+) -> list[int]:  # one per client, or one for the one server
     "How many steps the optimiser of each part of this kind makes in the whole run."
     local, settings, rounds = experiment.model.client, experiment.algorithm, experiment.rounds
     each = [-(-len(own) // local.batch_size) * local.epoch for own in data]
@@ -313,9 +313,9 @@ def own_steps(
 
 def part_options(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     kind: str,  # client, server or aux
-    servers: int = 1,  # 1, or one a client
+    servers: int = 1,  # 1, or one per client
 ) -> dict[str, Any]:  # for `make_part`, besides model and optimiser
     "What the parts of one kind must know of the run."
     totals = own_steps(experiment, data, kind, servers)
@@ -324,7 +324,7 @@ def part_options(
 
 
 def each_its_own(
-    parts: Sequence[Part],  # one a client, or one for all
+    parts: Sequence[Part],  # one per client, or one for all
 ) -> Sequence[Part]:  # the same
     "Each part's schedule is that of its client."
     for i, part in enumerate(() if isinstance(parts, Fleet) else parts):
@@ -335,7 +335,7 @@ def each_its_own(
 # %% ../../nbs/29_algorithms.state.ipynb #7ecda170
 def _splits(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
+    data: Sequence[LocalData],  # one per client
     device: torch.device,
 ) -> dict[str, tuple[SplitModel, Trial]]:  # by cut, from the shallowest
     "The same network, cut at each layer that a client has; they share nothing."
@@ -394,8 +394,8 @@ NAMES = {"client": "client", "server": "server", "aux": "auxiliary"}  # of a par
 
 def init_parts(
     experiment: Experiment,
-    data: Sequence[LocalData],  # one a client
-    servers: int = 1,  # 1, or one a client
+    data: Sequence[LocalData],  # one per client
+    servers: int = 1,  # 1, or one per client
     auxiliary: bool = False,  # whether clients have auxiliary models
 ) -> dict[str, Any]:  # fields of State
     "Fresh models and optimisers for a server and its clients. `ValueError` if batches and network do not fit."

@@ -150,7 +150,7 @@ def show_run(
 def compare_runs(
     runs: Sequence[Stored],  # two or more
 ) -> str:
-    "A column a run: the fields that differ, then accuracy, bytes and time. `ValueError` for a single run."
+    "A column per run: the fields that differ, then accuracy, bytes and time. `ValueError` for a single run."
     require(len(runs) > 1, "runs", len(runs), "two or more")
     values = {run.folder.name: flat(run.history.experiment) for run in runs}
     fields = pd.DataFrame({name: {field: str(value) for field, value in of.items()} for name, of in values.items()})

@@ -231,7 +231,7 @@ class ModelConfig:
 def cut_of_each(
     cuts: Sequence[str],  # of `ModelConfig.cuts`, not empty
     n: int,  # clients
-) -> tuple[str, ...]:  # one a client
+) -> tuple[str, ...]:  # one per client
     "The cuts that a list or shares give the clients. `ValueError` if it is neither, or does not fit."
     if not any(":" in cut for cut in cuts):
         fine = f"one layer for each of the {n} clients, or shares such as layer1:0.7, layer3:0.3"

@@ -117,8 +117,8 @@ def _require_possible(
 def attendances(
     experiment: Experiment,
     samples: Sequence[int],  # of each client
-    costs: Costs | list[Costs] | None = None,  # of all clients, or one a client; needed for a deadline
-) -> Iterator[Attendance]:  # one a round, the warm start first
+    costs: Costs | list[Costs] | None = None,  # of all clients, or one per client; needed for a deadline
+) -> Iterator[Attendance]:  # one per round, the warm start first
     "Who takes part in each round. `ValueError` if no client could keep the deadline."
     config, clock, n = experiment.algorithm, experiment.clock, experiment.num_clients
     of, buffered = speeds(clock, n) if clock else [], [0] * n
@@ -144,7 +144,7 @@ def attendances(
 def attended_seconds(
     attendance: Attendance,  # of the round, from `attendances` with these costs
     experiment: Experiment,
-    costs: Costs | list[Costs],  # of its models, or one a client
+    costs: Costs | list[Costs],  # of its models, or one per client
     clock: ClockConfig,  # the speeds to price it by
     passes: Mapping[int, int] | None = None,  # client → passes of its alignment; None: as many as planned
 ) -> float:  # seconds
@@ -165,7 +165,7 @@ def attended_seconds(
 def simulated_seconds(
     history: Any,  # a `training.History`, with or without a clock of its own
     samples: Sequence[int],  # of each client
-    costs: Costs | list[Costs],  # of its models, or one a client
+    costs: Costs | list[Costs],  # of its models, or one per client
     clock: ClockConfig,  # the speeds to price it by
 ) -> pd.Series:  # seconds since the start, one for each row of `history.rounds`
     """Price a run again. Who took part stays as it was; `clock.deadline` is not asked.

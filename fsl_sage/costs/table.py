@@ -163,7 +163,7 @@ def costs_of(
 # %% ../../nbs/38_costs.table.ipynb #90a8dad0
 def costs_of_each(
     state: State,  # freshly set up; stays as it is
-) -> Costs | list[Costs]:  # a list: one a client, where they have cuts of their own
+) -> Costs | list[Costs]:  # a list: one per client, where they have cuts of their own
     "What a sample costs each client's parts."
     cuts = state.experiment.model.cuts
     of = {cut: costs_of(state, cuts.index(cut)) for cut in dict.fromkeys(cuts)}

@@ -132,7 +132,7 @@ def natural_parts(
     num_clients: int,  # m, at most as many as there are keys
     rng: np.random.Generator,
 ) -> list[np.ndarray]:  # a client each: positions in `keys`
-    "One key a client, the m with the most samples. `ValueError` if there are fewer keys than clients."
+    "One key per client, the m with the most samples. `ValueError` if there are fewer keys than clients."
     values, owner, counts = np.unique(keys, return_inverse=True, return_counts=True)
     fine = f"at most {len(values)}, the number of clients in the data, with dataset.distribution='natural'"
     require(num_clients <= len(values), "num_clients", num_clients, fine)

@@ -22,7 +22,7 @@ from ..core import require
 from .history import CLIENT_COLUMNS, CallbackError, History
 
 # %% ../../nbs/45_experiments.callbacks.ipynb #0407ba55
-Models = Callable[[], list[nn.Module]]  # gives copies of the models that are evaluated: one, or one a client
+Models = Callable[[], list[nn.Module]]  # gives copies of the models that are evaluated: one, or one per client
 
 
 @dataclass(frozen=True)

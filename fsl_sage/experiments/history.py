@@ -54,11 +54,11 @@ def evaluate(
 
 
 def evaluate_mean(
-    models: Sequence[nn.Module],  # one, or one a client
+    models: Sequence[nn.Module],  # one, or one per client
     images: Images,
     dataset: Dataset,  # whose mean and deviation normalise them
     criterion: Callable[..., Tensor] = F.cross_entropy,  # as for `evaluate`
-    tallies: Sequence[Tensor | None] | None = None,  # one a model, as for `evaluate`; None: classes are not counted
+    tallies: Sequence[Tensor | None] | None = None,  # one per model, as for `evaluate`; None: classes are not counted
 ) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss
     "Mean accuracy and loss of several models on the same images or texts."
     each = zip(models, tallies or [None] * len(models), strict=True)
@@ -68,7 +68,7 @@ def evaluate_mean(
 
 # %% ../../nbs/42_experiments.history.ipynb #72d21214
 def client_accuracies(
-    tallies: Sequence[Tensor],  # one a model, from `evaluate`: one model, or one a client
+    tallies: Sequence[Tensor],  # one per model, from `evaluate`: one model, or one per client
     shares: Tensor,  # (client, class): each client's part of each label, rows adding up to 1
 ) -> np.ndarray:  # (client,), in [0, 1]; NaN of a client of whose classes there is no test image
     "The accuracy that each client sees on its own mixture of classes, a_i."

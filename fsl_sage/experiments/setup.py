@@ -82,7 +82,7 @@ def prepare(
 def client_data(
     experiment: Experiment,
     dataset: Dataset,
-) -> list[ClientData]:  # one a client
+) -> list[ClientData]:  # one per client
     "Share the training images out among the clients as `experiment` says."
     config, batch_size = experiment.dataset, experiment.model.client.batch_size
     labels = sorting_labels(dataset.train, config.distribution)
@@ -101,7 +101,7 @@ def client_data(
 
 # %% ../../nbs/43_experiments.setup.ipynb #19d4a51e
 def label_shares(
-    data: Sequence[ClientData],  # one a client
+    data: Sequence[ClientData],  # one per client
 ) -> torch.Tensor | None:  # (client, class), float64, rows adding up to 1; None of texts
     "Each client's part of each label."
     if data[0].images.is_text:
@@ -116,7 +116,7 @@ class Register:
 
     experiment: Experiment
     samples: list[int]  # of each client
-    costs: Costs | list[Costs] | None  # a list: one a client; None: no clock
+    costs: Costs | list[Costs] | None  # a list: one per client; None: no clock
 
     def columns(
         self,
@@ -159,7 +159,7 @@ def cuts_in_time(
     experiment: Experiment,  # its clock has a deadline
     cuts: Sequence[str],  # to choose from, the shallowest first
     root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-) -> tuple[str, ...]:  # one a client, for `model.cuts`
+) -> tuple[str, ...]:  # one per client, for `model.cuts`
     "For each client the deepest cut with which it keeps the deadline; where it keeps it with none, its fastest."
     clock = experiment.clock
     fine = "a clock with a deadline, such as clock.deadline=0.5"

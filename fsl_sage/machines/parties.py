@@ -205,7 +205,7 @@ def introduced(
     experiment: Experiment,
     client: int,
     answer: list[bytes],  # to "who are you?"
-    split: Sequence[Outline],  # one a client: what the server's split of its own data set gives it
+    split: Sequence[Outline],  # one per client: what the server's split of its own data set gives it
 ) -> tuple[Outline, str]:  # its data; their digest
     "What a client has said of itself. `MessageError` if it cannot take part."
     own, most, kind = split[client], max(map(len, split)), "texts" if reads_text(experiment) else "images"
@@ -246,7 +246,7 @@ def _lengths(experiment: Experiment, client: int, message: bytes, samples: int, 
 def introduce_clients(
     experiment: Experiment,
     mail: AskingMail,
-    split: Sequence[Outline],  # one a client: what the server's split of its own data set gives it
+    split: Sequence[Outline],  # one per client: what the server's split of its own data set gives it
     clients: Sequence[int],  # who is asked
 ) -> list[Outline]:  # of all clients; of one that is refused what the split gives it
     "Get to know clients. `MessageError` if one does not answer, or all are refused."
@@ -270,7 +270,7 @@ def introduce_clients(
 # %% ../../nbs/82_machines.parties.ipynb #0bd95dae
 def rows_of(
     experiment: Experiment,
-    everyone: Sequence[Outline],  # one a client
+    everyone: Sequence[Outline],  # one per client
 ) -> torch.Tensor:  # (clients, 4 or 6), as in an introduction
     "What clients are told of everybody's data."
     return torch.tensor([row_of(experiment, one) for one in everyone])
@@ -279,7 +279,7 @@ def rows_of(
 def keep_outlines(
     experiment: Experiment,
     mail: AskingMail,
-    everyone: Sequence[Outline],  # one a client
+    everyone: Sequence[Outline],  # one per client
 ) -> None:
     "Note what clients are told of everybody's data, and what the server keeps to itself."
     mail.everyone = encode({"all.": rows_of(experiment, everyone)})
@@ -307,7 +307,7 @@ def everyone_of(
     experiment: Experiment,
     mail: AskingMail,
     device: str | torch.device = "meta",
-) -> list[Outline]:  # one a client
+) -> list[Outline]:  # one per client
     "What is known of the clients' data."
     return outlines(experiment, decode(mail.everyone)[0]["all."], device, mail.lengths)
 

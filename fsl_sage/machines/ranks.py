@@ -61,7 +61,7 @@ def train_on_ranks(
     experiment: Experiment,  # the same on all ranks
     device: str | torch.device = "auto",  # auto, cpu, cuda, …: of this rank
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-    progress: bool = True,  # the server prints a line a round
+    progress: bool = True,  # the server prints a line per round
 ) -> History | None:  # at the server; None at a client
     "Run `experiment` in the process group that this process belongs to. `ValueError` if it is of another size."
     check_remote(experiment)

@@ -96,7 +96,7 @@ def outlines(
     rows: Tensor,  # (clients, 4 or 6), as clients have said
     device: str | torch.device,
     lengths: Mapping[int, Tensor] | None = None,  # client → (samples,), of each text; None: not known
-) -> list[Outline]:  # one a client
+) -> list[Outline]:  # one per client
     "What is known of everybody's data."
     batch_size, seed, known = experiment.model.client.batch_size, experiment.sampling_seed, lengths or {}
     return [
@@ -132,7 +132,7 @@ def check_lengths(
 def meet_clients(
     experiment: Experiment,
     ledger: WireLedger,  # the server's
-) -> list[Outline]:  # one a client, on the device
+) -> list[Outline]:  # one per client, on the device
     "The server's part: hear all, tell all. `MessageError` as `introduce` says."
     n, due, lengths = experiment.num_clients, row_due(experiment), {}
     rows = torch.stack([ledger.receive(i, {"hello.": due})["hello."].cpu() for i in range(n)])
@@ -153,7 +153,7 @@ def introduce(
     ledger: WireLedger,
     own: ClientData | None = None,  # the client's data; None at the server
     about: dict[str, Any] | None = None,  # what a client says of itself, in JSON
-) -> list[Outline]:  # one a client, on the device
+) -> list[Outline]:  # one per client, on the device
     "Get to know each other. `MessageError` if a client was started for another experiment or has other data."
     n, due = experiment.num_clients, row_due(experiment)
     if ledger.place == SERVER:

@@ -57,7 +57,7 @@ def write_shares(
     experiment: Experiment,
     folder: str | Path,
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-) -> list[Path]:  # one a client
+) -> list[Path]:  # one per client
     "Write what each client of `experiment` has, readable by the owner. `ValueError` rather than change a file."
     paths = [share_path(private_folder(folder), i) for i in range(experiment.num_clients)]
     if there := [path for path in paths if path.exists()]:

@@ -334,7 +334,7 @@ def comparison_table(
 # %% ../../nbs/65_papers.comparison.ipynb #6d0d8634
 def outcomes(
     table: pd.DataFrame,  # from `comparison_table`
-) -> pd.DataFrame:  # a row a run: partition, label, seed, algorithm, rounds, gigabytes, …
+) -> pd.DataFrame:  # a row per run: partition, label, seed, algorithm, rounds, gigabytes, …
     "What each run sent, its final accuracy and its best, and where the best was first reached. `ValueError` if empty."
     require(not table.empty, "table", len(table), "a table with at least one run")
     rows = []

@@ -36,9 +36,9 @@ def latency(
 
 # %% ../../nbs/66_papers.latency.ipynb #8b33ca91
 def to_target(
-    runs: pd.DataFrame,  # a row a run × round, from `runs.tidy`, and the column tau: seconds computed a round
+    runs: pd.DataFrame,  # a row per run × round, from `runs.tidy`, and the column tau: seconds computed per round
     target: float,  # accuracy in [0, 1]
-) -> pd.DataFrame:  # a row a method and seed; seconds, those of sending at the paper's rate
+) -> pd.DataFrame:  # a row per method and seed; seconds, those of sending at the paper's rate
     "What each run takes until its accuracy is first at least `target`."
     rows = []
     for (label, seed), run in runs.groupby(["label", "seed"], sort=False):
@@ -55,7 +55,7 @@ def to_target(
 
 def by_method(
     summary: pd.DataFrame,  # from `to_target`
-) -> pd.DataFrame:  # a row a method, in their order
+) -> pd.DataFrame:  # a row per method, in their order
     "Means over the seeds; a method that misses the target with any of them has none."
     return summary.groupby("label", sort=False).agg(lambda values: values.mean(skipna=False)).drop(columns="seed")
 
@@ -95,7 +95,7 @@ def latency_bars(
     sending: pd.Series,  # seconds by method
     xlabel: str,
 ) -> None:
-    "A bar a method, the first on top."
+    "A bar per method, the first on top."
     shades = {"computing": "0.35", "sending": "0.8"}
     table = pd.DataFrame({"computing": computing, "sending": sending})
     table.plot.barh(stacked=True, ax=ax, color=shades, edgecolor="black", linewidth=0.5, width=0.7, legend=False)

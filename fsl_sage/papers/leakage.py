@@ -110,7 +110,7 @@ class Leakage:
 
     history: History
     client: int  # whose smashed data
-    table: pd.DataFrame  # a row a decoder: decoder_seed, reconstruction_loss, ssim, distance_correlation
+    table: pd.DataFrame  # a row per decoder: decoder_seed, reconstruction_loss, ssim, distance_correlation
     image: Tensor  # (channel, height, width), from 0 to 1: a test image
     activations: Tensor  # (channel, height, width): its smashed data
     reconstruction: Tensor  # as `image`: the first decoder's answer

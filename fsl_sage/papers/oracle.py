@@ -175,7 +175,7 @@ def _show(state: State) -> dict[str, Any]:
 def replay(
     spec: dict[str, Any],  # the settings of a trace, without its `trace`
     device: str | torch.device = "cpu",  # what it is computed on
-) -> list[dict[str, Any]]:  # one entry a round, in the form of the trace
+) -> list[dict[str, Any]]:  # one entry per round, in the form of the trace
     "Run our algorithm on a trace's settings. `ValueError` names a setting that is unknown."
     if spec.get("task") == "language":
         return _replay_language(spec, device)

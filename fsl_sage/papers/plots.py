@@ -109,7 +109,7 @@ def panel_letters(
 
 # %% ../../nbs/59_papers.plots.ipynb #0fc7e2f7
 def interval(
-    values: Sequence[float] | np.ndarray,  # one a seed; NaN: none
+    values: Sequence[float] | np.ndarray,  # one per seed; NaN: none
 ) -> tuple[float, float]:  # mean; half the 95 % interval, NaN for fewer than two values
     "Mean and Student's interval over seeds."
     from scipy.special import stdtrit  # only here: most of the package needs no statistics
@@ -131,7 +131,7 @@ def spread_words(
 
 # %% ../../nbs/59_papers.plots.ipynb #ebcce975
 def over_seeds(
-    table: pd.DataFrame,  # a row a run
+    table: pd.DataFrame,  # a row per run
     by: str | Sequence[str],  # columns that tell apart what was run
     columns: Sequence[str],  # numbers
 ) -> pd.DataFrame:  # a row a group: for each column its mean and, as column_half, half its interval; n, the seeds
@@ -147,7 +147,7 @@ def over_seeds(
 def points(
     ax: Axes,
     places: Iterable[float],  # along x, or along y
-    values: Iterable[Sequence[float]],  # for each place a value a seed
+    values: Iterable[Sequence[float]],  # for each place a value per seed
     across: bool = False,  # places are along y, values along x
     scatter: bool = True,  # show the seeds, too
     **style: Any,  # color, marker, …, as for `Axes.plot`
@@ -171,7 +171,7 @@ def points(
 
 # %% ../../nbs/59_papers.plots.ipynb #609feca5
 def paired(
-    table: pd.DataFrame,  # a row a run: `by`, seed and `value`
+    table: pd.DataFrame,  # a row per run: `by`, seed and `value`
     value: str,
     by: str,  # column of the methods or variants
     reference: object,  # the one that is subtracted
@@ -245,7 +245,7 @@ def style_of(
 
 # %% ../../nbs/59_papers.plots.ipynb #95fff492
 def plot_curves(
-    frame: pd.DataFrame,  # a row a run × round: label, seed, and the columns of the axes, as from `runs.tidy`
+    frame: pd.DataFrame,  # a row per run × round: label, seed, and the columns of the axes, as from `runs.tidy`
     x: str,  # one of AXES
     y: str,  # one of AXES
     ax: Axes,
@@ -298,7 +298,7 @@ FAMILY_MARKERS = "osD^vPX*"
 
 
 def plot_family(
-    frame: pd.DataFrame,  # a row a run × value of `x`: the columns `by`, `x` and `y`
+    frame: pd.DataFrame,  # a row per run × value of `x`: the columns `by`, `x` and `y`
     x: str,  # one of AXES
     y: str,  # one of AXES
     by: str,  # column that tells the curves apart: at most 8 values, drawn in their order
@@ -317,7 +317,7 @@ def plot_family(
 
 # %% ../../nbs/59_papers.plots.ipynb #53cf7c20
 def median_reach(
-    values: float | Iterable[float],  # one a seed; NaN: never reached
+    values: float | Iterable[float],  # one per seed; NaN: never reached
 ) -> tuple[float, str]:  # the median, NaN if it is a seed that never gets there; how many did, for instance "2 of 3"
     "Where half of the seeds have reached a target. Seeds that never do count as infinitely far."
     numbers = np.atleast_1d(np.asarray(values, float))

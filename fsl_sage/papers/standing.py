@@ -63,7 +63,7 @@ COUNTED = (
 def values_of(
     runs: str,  # a cell of the column `runs`: {"seed": value, …} as JSON; null: no such value
 ) -> dict[int, float]:  # by seed
-    "Our values of a claim, one a run."
+    "Our values of a claim, one per run."
     return {int(seed): math.nan if value is None else float(value) for seed, value in json.loads(runs or "{}").items()}
 
 
@@ -263,7 +263,7 @@ COLUMNS = (
 
 def gather(
     gallery: str | Path,  # with the tables of the figures
-) -> pd.DataFrame:  # COLUMNS; a row a claim, several if runs of several presets or variants speak of it
+) -> pd.DataFrame:  # COLUMNS; a row per claim, several if runs of several presets or variants speak of it
     "Judge every claim by what is in `gallery`, and write the ledger to `claims.csv` there."
     ours = our_numbers(gallery)
     numbers = all_published().assign(kind="number", statement="").merge(ours, on=KEY, how="left")

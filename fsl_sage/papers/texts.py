@@ -55,7 +55,7 @@ def _measured(values: pd.Series) -> str:
 
 def over_seeds(
     table: pd.DataFrame,  # with a column `seed`, or without
-) -> pd.DataFrame:  # of texts, a row a setting
+) -> pd.DataFrame:  # of texts, a row per setting
     "Mean and 95 % interval over seeds of what differs between them."
     table = table.drop(columns=[name for name in table if name in HIDDEN or (name == "algorithm" and "label" in table)])
     if "seed" not in table or table.seed.nunique() < 2:

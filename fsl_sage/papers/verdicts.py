@@ -81,7 +81,7 @@ def margin_of(
 def verdict(
     least: float,  # the least that the published number may stand for
     most: float,  # likewise the most; equal: the claim is exact
-    values: Sequence[float],  # ours, one a run; NaN: the run has no such value (never reached the target)
+    values: Sequence[float],  # ours, one per run; NaN: the run has no such value (never reached the target)
     preset: str,  # of our runs
     margin: float = 0.0,  # equivalence margin, in the claim's unit
     counted: bool = False,  # whether the number follows by counting

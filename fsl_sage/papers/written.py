@@ -166,7 +166,7 @@ def verdict_on(
 
 
 def less_others(
-    table: pd.DataFrame,  # a row a run: label, seed and the columns that are compared
+    table: pd.DataFrame,  # a row per run: label, seed and the columns that are compared
     better: Mapping[str, int],  # column → 1: more is better; -1: less is
     label: str = "FSL-SAGE",  # of the method
 ) -> pd.DataFrame:  # a row a column and other method: value, label, n, mean, half, differences, verdict
