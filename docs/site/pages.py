@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GALLERY = ROOT / "figures" / "gallery"
 START = sorted((ROOT / "nbs").glob("index.ipynb"))
 ORDER = "".join(path.read_text("utf-8") for path in START)  # "Start here" names the tutorials in the order of reading
-LEARN = [*ROOT.glob("nbs/from_scratch*.ipynb"), *ROOT.glob("nbs/tutorials/*.ipynb")]
+LEARN = [*ROOT.glob("nbs/from_scratch*.ipynb"), ROOT / "nbs" / "glossary.ipynb", *ROOT.glob("nbs/tutorials/*.ipynb")]
 TUTORIALS = sorted(LEARN, key=lambda path: (len(ORDER.partition(path.name)[0]), path))
 LIBRARY = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 OF_GALLERY = Gallery(GALLERY, ROOT / "figures")
