@@ -243,7 +243,7 @@ class ManyHeads(nn.Module):
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #95524825
 class OneHead(nn.Module):
-    "What client `i` gets from a `ManyHeads` server: its smashed data in everybody's place, its own head's answer."
+    "What client `i` gets from a `ManyHeads` server: its smashed data in every client's place, its own head's answer."
 
     def __init__(
         self,

@@ -109,7 +109,7 @@ def plan(
     notebook: str | Path,
     parameters: Mapping[str, Any],  # set after the cell tagged `parameters`
 ) -> list[Experiment] | None:  # None: it has no cell tagged `plan`
-    "The runs that a figure notebook will ask of the store. Whatever its cells raise is passed on."
+    "The runs that a figure notebook will ask of the store. An error of its cells is passed on."
     namespace = after_plan(notebook, parameters)
     return None if namespace is None else runs_called("experiments", namespace, notebook)
 

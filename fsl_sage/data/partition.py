@@ -203,7 +203,7 @@ def partition(
 ) -> list[Tensor]:  # a client each: positions in `labels`, int64, on the CPU
     """Share samples out among clients: disjoint parts, of equal size without `size_spread` or keys, by the seed alone.
 
-    Everyone gets ⌊N/m⌋ samples (noniid: `shard_num` shards of ⌊N/(shard_num·m)⌋ each); the remainder is not used.
+    Each client gets ⌊N/m⌋ samples (noniid: `shard_num` shards of ⌊N/(shard_num·m)⌋ each); the remainder is not used.
     `ValueError` that names field, value and range if the samples do not suffice (FSL-SAGE and SGLR, experiments).
 
     >>> import torch

@@ -272,7 +272,7 @@ def rows_of(
     experiment: Experiment,
     everyone: Sequence[Outline],  # one per client
 ) -> torch.Tensor:  # (clients, 4 or 6), as in an introduction
-    "What clients are told of everybody's data."
+    "What clients are told of all clients' data."
     return torch.tensor([row_of(experiment, one) for one in everyone])
 
 
@@ -281,7 +281,7 @@ def keep_outlines(
     mail: AskingMail,
     everyone: Sequence[Outline],  # one per client
 ) -> None:
-    "Note what clients are told of everybody's data, and what the server keeps to itself."
+    "Note what clients are told of all clients' data, and what the server keeps to itself."
     mail.everyone = encode({"all.": rows_of(experiment, everyone)})
     mail.lengths = {i: one.lengths for i, one in enumerate(everyone) if one.lengths is not None}
 

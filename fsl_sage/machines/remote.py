@@ -97,7 +97,7 @@ def outlines(
     device: str | torch.device,
     lengths: Mapping[int, Tensor] | None = None,  # client → (samples,), of each text; None: not known
 ) -> list[Outline]:  # one per client
-    "What is known of everybody's data."
+    "What is known of all clients' data."
     batch_size, seed, known = experiment.model.client.batch_size, experiment.sampling_seed, lengths or {}
     return [
         Outline(samples, tuple(shape), classes, batch_size, device, i, seed, known.get(i))
