@@ -17,9 +17,10 @@ WORDS = re.compile(
 ACCENT = r"(?:\\(?:hat|bar|overline|tilde)\s*\{?\s*)?"
 INDEX = r"(?:_(?:\{[^{}]*\}|\\[a-zA-Z]+|[A-Za-z0-9]))?"
 SYMBOL = re.compile(rf"{ACCENT}(?:\\[a-zA-Z]+|[A-Za-z])(?:'+)?\}}?{INDEX}")
-SIGNS = r"""frac tfrac sum prod cdot times le ge in to infty partial left right lVert rVert lvert rvert mid dots ldots quad
-qquad max min log exp lfloor rfloor lceil rceil approx ne sqrt big Big bigl bigr pm mapsto leftarrow rightarrow top
-mathcal mathbf mathbb sim subset cup langle rangle odot bmod circ perp circledast star overline hat bar downarrow uparrow
+SIGNS = r"""frac tfrac sum prod cdot times le ge in to infty partial left right lVert rVert lvert rvert mid dots
+ldots quad qquad max min log exp lfloor rfloor lceil rceil approx ne sqrt big Big bigl bigr pm mapsto
+leftarrow rightarrow top mathcal mathbf mathbb sim subset cup langle rangle odot bmod circ perp
+circledast star overline hat bar downarrow uparrow
 """  # what is no name
 PART = re.compile(r"_\{?([csabf])(?![A-Za-z])")  # client, server, auxiliary, backward, forward: parts of a name
 
