@@ -22,6 +22,13 @@ CASES = {name: (name, {}, {}) for name in ALGORITHMS} | {
     "shared server": ("fed_avg", {"algorithm.share_server": True}, {}),
     "some clients": ("cse_fsl", {"participation": 0.5}, {}),
     "one place for all clients": ("cse_fsl", {}, {"in_flight": 1}),
+    "packed": ("sl_multi_server", {"codec.smashed.bits": 4, "codec.cut_grad.name": "top_k"}, {}),
+    "corrected": (
+        "sl_single_server",
+        {f"codec.smashed.{k}": v for k, v in (("name", "product"), ("correction", 0.1))},
+        {},
+    ),
+    "packed and aligned": ("fsl_sage", {"codec.smashed.bits": 4, "codec.smashed.stochastic": True}, {}),
     "mixed channels": ("sglr", {"algorithm.mixing_mode": "concat_channels"}, {}),
 }
 
