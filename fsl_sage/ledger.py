@@ -24,7 +24,7 @@ from .core import as_tensors, one_of, require, tensor_bytes
 # %% ../nbs/01_ledger.ipynb #7d34cccb
 KINDS = (
     "client_model", "server_model", "aux_model", "smashed", "cut_grad", "mean_cut_grad", "labels", "features",
-    "feature_grad", "copy", "framing", "frozen", "kv",
+    "feature_grad", "scalars", "copy", "framing", "frozen", "kv",
 )  # fmt: skip
 NOTED = ("framing", "frozen", "kv")  # that are no message of their own
 PHASES = ("start", "round")

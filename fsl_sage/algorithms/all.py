@@ -15,13 +15,14 @@ from .record import Algorithm
 from .sage import SAGE
 from .sage_split_lr import SAGE_SPLIT_LR
 from .sglr import SGLR
+from .zeroth import HERON, HO_SFL, HOSL
 
 # %% ../../nbs/37_algorithms.all.ipynb #f2d55660
 ALGORITHMS: dict[str, Algorithm] = {
     record.name: record
     for record in (
         CENTRALISED, FED_AVG, SPLITFED_SS, SPLITFED_MS, CSE_FSL, FROZEN_CLIENT, FIXED_AUXILIARY, TRUE_GRADIENT, SAGE,
-        SAGE_SPLIT_LR, SSL, PSL, SFL, SGLR,
+        SAGE_SPLIT_LR, HERON, HO_SFL, HOSL, SSL, PSL, SFL, SGLR,
     )
 }  # by name  # fmt: skip
 LABELS = {name: record.label or name for name, record in ALGORITHMS.items()}  # what legends call them
@@ -42,6 +43,6 @@ def cost_words(
 
     aligned = [f"{name.removesuffix('_bytes')} if aligned" for name in cost.aligned]
     averaged = [name.removesuffix("_bytes") for name in cost.averaged]
-    down = sum_of(cost.down, *averaged, *aligned)
+    down = sum_of({**cost.down, **cost.together}, *averaged, *aligned)
     up = sum_of(cost.up, *averaged)
     return {"client": sum_of(cost.client), "server": sum_of(cost.server), "up": up, "down": down}

@@ -127,12 +127,14 @@ def attendances(
         _require_possible(experiment, samples, costs, of)
     for rnd in range(config.first_round, experiment.rounds):
         asked, works = asked_clients(experiment, rnd), []
+        longest = max(samples[i] for i in asked)
         if costs is not None:
             due = config.aligns(rnd)
             for i in asked:
                 first = buffered[i] + min(samples[i], experiment.model.client.batch_size)
                 aligned = min(first, config.max_dataset_size) if due else 0
-                works.append(work_of(experiment, costs_for(costs, i), i, samples[i], i not in present, aligned, rnd))
+                own, returns = costs_for(costs, i), i not in present
+                works.append(work_of(experiment, own, i, samples[i], returns, aligned, rnd, longest))
         if works and clock and rnd >= 0:
             works = in_time(works, clock, of)
         present = [work.client for work in works] or asked

@@ -54,9 +54,11 @@ class Costs(NamedTuple):
     client: float = 0  # a client's own step
     forward: float = 0  # its forward pass alone
     with_aux: float = 0  # a client's and its auxiliary model's, on the auxiliary loss (CSE-FSL)
+    forward_with_aux: float = 0  # the forward pass of both alone
     estimate: float = 0  # the estimated gradient at the cut (FSL-SAGE)
     server: float = 0  # a step of the server that gives no gradient back
     exact: float = 0  # one that does
+    server_forward: float = 0  # its forward pass alone
     target: float = 0  # the true gradient at the cut, for an alignment
     alignment: float = 0  # a pass of an alignment
     smashed: float = 0  # bytes of one sample at the cut
@@ -65,6 +67,7 @@ class Costs(NamedTuple):
     statistics: int = 0  # bytes of its buffers: BatchNorm's statistics
     server_bytes: float = 0  # of the server's
     aux_bytes: float = 0  # of the auxiliary model; 0: there is none
+    scalar: float = 4  # bytes of a number
     cut: tuple[int, ...] = ()  # the shape of one sample at the cut
 
 # %% ../../nbs/38_costs.table.ipynb #47261ed7
@@ -78,6 +81,7 @@ def _auxiliary_costs(
 
     return {
         "with_aux": _flops(lambda: criterion(aux(client(x)), y).backward(), len(x)),
+        "forward_with_aux": _flops(lambda: aux(client(x)), len(x)),
         "estimate": _flops(lambda: estimate_cut_grad(aux, smashed, y, criterion=criterion), len(x)),
         "alignment": _flops(align, len(x)),
     }  # fmt: skip
@@ -131,6 +135,7 @@ def _counted(
         "whole": step(lambda x: server(client(x)), x), "client": _flops(lambda: backward(client(x).sum()), n),
         "forward": _flops(lambda: client(x), n),
         "server": step(server, smashed), "exact": step(server, smashed.clone().requires_grad_()),
+        "server_forward": _flops(lambda: server(smashed), n),
         "target": _flops(lambda: estimate_cut_grad(server, smashed, y, criterion=criterion), n),
         "smashed": tensor_bytes(smashed) // n, "cut": tuple(smashed.shape[1:]),
         "statistics": tensor_bytes(dict(client.named_buffers())),
@@ -230,6 +235,7 @@ def work_of(
     returns: bool = False,  # whether it was absent from the round before
     aligned: int = 0,  # samples it is aligned on; 0: it is not aligned
     rnd: int = 0,  # round; below 0: before round 0
+    longest: int = 0,  # samples of the round's largest client; 0: its own
 ) -> Work:
     "What a client does in a round; of an alignment all passes."
     settings, batches = experiment.algorithm, batch_sizes(experiment, samples)
@@ -242,7 +248,10 @@ def work_of(
 
     models = sum(getattr(costs, name) for name in cost.averaged)
     cut_up, cut_down = cut_bytes(experiment, costs, batches)
-    down = total(cost.down, cut_down) + models * (1 + returns)
+    late = sum(getattr(costs, name) for name in (*cost.averaged, *cost.returning)) if returns else 0
+    down = total(cost.down, cut_down) + models + late
+    steps = batch_sizes(experiment, longest or samples)
+    down += sum(getattr(costs, name) * amount.of(settings, steps) for name, amount in cost.together.items())
     down += sum(getattr(costs, name) for name in cost.aligned if aligned)
     passes = alignment_flops(costs, aligned, settings.align_epochs) if aligned else 0
     up = total(cost.up, cut_up) + models

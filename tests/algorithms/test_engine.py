@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fsl_sage.algorithms.all import ALGORITHMS
+from fsl_sage.algorithms.record import IN_STEP
 from fsl_sage.core import atomic_path
 from fsl_sage.experiments.train import train, train_state
 from tests.support.runs import assert_same, stopped_after, tiny
 
-TOGETHER = {"psl", "sfl", "sglr"}  # every step needs all clients at once
+TOGETHER = {name for name, record in ALGORITHMS.items() if record.order == IN_STEP}  # all clients at once
 SIDE_BY_SIDE = ["fed_avg", "sl_multi_server"]
 
 
