@@ -144,7 +144,7 @@ def heron_round(
     seed, q = state.experiment.sampling_seed, config.server_update_interval
 
     def client_steps(i: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        client, parts = state.clients[i], [state.clients[i], state.auxes[i]]
+        client, aux = state.clients[i], state.auxes[i]
         for s, x, y in state.batches(i, rnd):
             # 1. Every q-th step: a forward pass, and its result goes up.
             if s % q == 0:
@@ -152,9 +152,10 @@ def heron_round(
                     smashed = client(x)
                 yield s, smashed, y
             # 2. Forward passes at both ends of each direction, and a step along it.
-            loss, addresses = partial(auxiliary_loss, *parts, x, y, state.criterion), addresses_of(seed, config, i, rnd, s)
+            loss = partial(auxiliary_loss, client, aux, x, y, state.criterion)
+            addresses = addresses_of(seed, config, i, rnd, s)
             elsewhere = x.is_meta  # then this place has no numbers to move
-            value = loss() if elsewhere else two_point_step(loss, parts, addresses, config.smoothing)
+            value = loss() if elsewhere else two_point_step(loss, [client, aux], addresses, config.smoothing)
             metrics.loss(i, s, value, at="aux")
 
     for i, s, smashed, labels in arrivals(state, client_steps):
@@ -221,7 +222,7 @@ def share_step(
 ) -> None:
     "The mean of the slopes comes down, and every client makes the same step; the server's copies do, too (HO-SFL)."
     total = sum(len(state.data[i]) for i in slopes)
-    mean = sum(slopes[i] * (len(state.data[i]) / total) for i in slopes)
+    mean: Any = sum(slopes[i] * (len(state.data[i]) / total) for i in slopes)
     arrived = {i: ledger.link(rnd, i).down(scalars=mean) for i in state.present}
     for i, client in enumerate(state.clients):
         own = arrived.get(i, mean)

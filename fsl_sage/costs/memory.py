@@ -100,7 +100,7 @@ def _forward_step(cost: RoundCost, client: Part, x: Tensor) -> Iterator[None]:
             change_along(client, x, smashed, torch.zeros_like(smashed), ALONG, 1e-3)
         elif client.learns:
             del smashed
-            moved_pass(client, x, *ALONG, 1e-3)
+            moved_pass(client, x, ALONG[0], 1e-3)
 
 # %% ../../nbs/38b_costs.memory.ipynb #54f6c267
 class ClientMemory(NamedTuple):
