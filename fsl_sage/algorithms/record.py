@@ -55,7 +55,7 @@ class RoundCost(NamedTuple):
     up: Mapping[str, Amount] = {}  # bytes to the server, besides the averaged models
     down: Mapping[str, Amount] = {}  # bytes to the client, likewise
     averaged: tuple[str, ...] = ()  # bytes of models: up, down, and down once more to a client that was absent
-    together: Mapping[str, Amount] = {}  # bytes down in each step of the round's longest client, where they work in step
+    together: Mapping[str, Amount] = {}  # bytes down in each step of the longest client, where they work in step
     returning: tuple[str, ...] = ()  # bytes of other models that come down to a client that was absent
     aligned: tuple[str, ...] = ()  # bytes of models that come down in a round in which the client is aligned
 

@@ -24,7 +24,7 @@ from ..algorithms.record import RoundCost
 from ..algorithms.state import State, example_batch, reads_text
 from ..algorithms.zeroth import auxiliary_loss, change_along, moved_pass, two_point_step
 from ..config.settings import record_of
-from ..core import arithmetic, generator, held_memory, random_stream, tensor_bytes
+from ..core import arithmetic, generator, held_memory, random_stream
 from ..networks.auxiliary import estimate_cut_grad
 from ..networks.part import Part, server_step
 

@@ -143,7 +143,8 @@ OWNERS = {
     "accuracy vs Dirichlet alpha (CIFAR-10)": "sage_alpha", "model sizes (ResNet-18)": "counted",
     "Table 1": "sglr_tables_1_to_3", "Table 2": "sglr_tables_1_to_3", "Table 3": "sglr_tables_1_to_3",
     "E2E test set": "language_restaurants", "E2E validation set": "language_restaurants",
-    "E2E test set (GPT-2 medium)": "language_restaurants", "Table 4": "sglr_table_4", "Table 5": "sglr_activations_and_leakage", "Sec 4.4": "sglr_communication",
+    "E2E test set (GPT-2 medium)": "language_restaurants", "Table 4": "sglr_table_4",
+    "Table 5": "sglr_activations_and_leakage", "Sec 4.4": "sglr_communication",
 }  # artefact → the figure whose runs speak of it; of the others any one figure
 
 
