@@ -16,7 +16,8 @@ REFUSED = {
     "say who says it": r"\b(it is (said|understood)|is said to)\b",
     "write per": rf"\b({COUNTED}) an? ({UNITS})\b",
 }  # what to do → pattern
-NO_PROSE = re.compile(r"```.*?```|^\|.*?$|\$\$.*?\$\$|<!--.*?-->|^\s*#\|.*?$", re.S | re.M)
+RESULTS = r"<!-- gallery: .*?<!-- /gallery -->"  # written by templates
+NO_PROSE = re.compile(rf"{RESULTS}|```.*?```|^\|.*?$|\$\$.*?\$\$|<!--.*?-->|^\s*#\|.*?$", re.S | re.M)
 NOTEBOOKS = sorted(path for folder in ("nbs", "figures") for path in (ROOT / folder).rglob("*.ipynb"))
 NOTEBOOKS = [path for path in NOTEBOOKS if not {"executed", ".ipynb_checkpoints"} & set(path.parts)]
 FILES = [*NOTEBOOKS, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "fsl_sage").rglob("*.py")]
