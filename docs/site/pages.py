@@ -42,8 +42,14 @@ def address(path: Path) -> str:
 
 NOTEBOOKS = [*START, *TUTORIALS, *LIBRARY, *(ROOT / "figures" / f"{name}.ipynb" for name in FIGURES)]
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "CITATION.cff")
-AS_THEY_ARE = (*TEXTS, "figures/gallery/*.*", "figures/gallery/published/*.*", "benchmarks/*.csv",
-               "benchmarks/*.json", "benchmarks/*.png")
+AS_THEY_ARE = (
+    *TEXTS,
+    "figures/gallery/*.*",
+    "figures/gallery/published/*.*",
+    "benchmarks/*.csv",
+    "benchmarks/*.json",
+    "benchmarks/*.png",
+)
 TABLES = set(GALLERY.rglob("*.md"))  # to be put into texts; as pages of the site they would say nothing else
 FILES = [path for pattern in AS_THEY_ARE for path in ROOT.glob(pattern) if path not in TABLES]
 ADDRESSES = {path: address(path) for path in [*NOTEBOOKS, *FILES, *(ROOT / "docs").rglob("*.md")]}
