@@ -171,7 +171,7 @@ TWO_POINT = Amount("2P N", lambda settings, batches: 2 * settings.directions * s
 SLOW_RATE = 1e-4
 SLOW = {f"model.{part}.optimizer.lr": SLOW_RATE for part in ("client", "auxiliary")}
 HERON = Algorithm(
-    "heron_sfl", heron_round, style={"color": "#7f1f5f", "marker": "1", "linestyle": (0, (3, 1, 1, 1))},
+    "heron_sfl", heron_round, style={"color": "#7f1f5f", "marker": "1", "linestyle": (0, (7, 1, 1, 1))},
     settings=HeronSettings, starts=("client_model", "aux_model"), auxiliary=LOSS, asked_once=True,
     cost=RoundCost(
         {"forward": every("server_update_interval"), "forward_with_aux": TWO_POINT},
@@ -298,7 +298,7 @@ MOVED = Amount("P N", lambda settings, batches: settings.directions * sum(batche
 SLOPES = Amount("P K", lambda settings, batches: settings.directions * len(batches))
 SLOW_CLIENTS = {name: fields | {"model.client.optimizer.lr": SLOW_RATE} for name, fields in PRESETS.items()}
 HO_SFL = Algorithm(
-    "ho_sfl", ho_sfl_round, style={"color": "#5f1f7f", "marker": "2", "linestyle": (0, (2, 1))},
+    "ho_sfl", ho_sfl_round, style={"color": "#5f1f7f", "marker": "2", "linestyle": (0, (1, 2))},
     settings=ZerothSettings, order=IN_STEP, presets=SLOW_CLIENTS,
     cost=RoundCost(
         {"forward": WITH_MOVED}, {"exact": EACH}, {"smashed": EACH, "scalar": SLOPES},
