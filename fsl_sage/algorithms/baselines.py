@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Metrics, aggregate, aggregate_layers, arrivals, average, broadcast, each_client
+from .base import Metrics, aggregate, arrivals, average, broadcast, each_client
 from .base import one_per_client, whole_step
 from .record import EACH, IN_STEP, IN_TURN, LOSS, ONCE, Algorithm, RoundCost, every
 from .state import LocalData, State, each_its_own, init_parts, part_options, server_of
@@ -173,10 +173,7 @@ def splitfed_round(
     else:
         for i in state.present:
             train_with_server(i)
-    if state.experiment.model.cuts:
-        aggregate_layers(state, rnd, ledger)
-        return metrics
-    if many:
+    if many and not state.experiment.model.cuts:  # with these the servers' layers are averaged with the clients'
         average(state, state.servers)  # among the servers: no client traffic
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
@@ -211,7 +208,7 @@ def cse_fsl_round(
     ledger: Ledger,
 ) -> Metrics:
     "Local steps on the auxiliary loss; every q-th smashed batch updates the server (Mu & Shen, arXiv 2302.05599)."
-    metrics, (server,), q = Metrics(), state.servers, state.experiment.algorithm.server_update_interval
+    metrics, q = Metrics(), state.experiment.algorithm.server_update_interval
 
     def client_steps(i: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         client, aux = state.clients[i], state.auxes[i]
@@ -226,7 +223,7 @@ def cse_fsl_round(
 
     for i, s, smashed, labels in arrivals(state, client_steps):
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
+        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])
     aggregate(state, rnd, ledger, client_model=state.clients, aux_model=state.auxes)
     return metrics
 
@@ -238,6 +235,7 @@ CSE_FSL = Algorithm(
         {"with_aux": EACH}, {"server": every("server_update_interval")}, {"smashed": every("server_update_interval")},
         averaged=("client_bytes", "aux_bytes"),
     ),
+    own_cuts=True,
 )  # fmt: skip
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #e0d038e9

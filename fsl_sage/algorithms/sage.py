@@ -27,7 +27,7 @@ from ..config.settings import setting
 from ..core import generator, held_memory, memory_of, require, tensor_bytes
 from .base import Metrics, aggregate, arrivals, broadcast, each_client
 from .state import LocalData, State, example_batch, init_parts, reads_text
-from .state import require_all_in_flight, trains_on_one
+from .state import require_all_in_flight, server_of, trains_on_one
 from .participation import asked_clients
 from ..ledger import Ledger
 from ..networks.cut import evaluated
@@ -89,7 +89,7 @@ def alignment_memory(
     size: int,  # samples in the buffer
 ) -> float:  # bytes; 0: not known
     "What aligning a client needs besides the models: the target, or one batch of the auxiliary model's passes."
-    models = state.clients[0].model, state.servers[0].model, state.auxes[0].model
+    models = state.clients[0].model, server_of(state, 0).model, state.auxes[0].model
     try:
         client, server, aux = (deepcopy(model).to("meta").train() for model in models)
         x, y = example_batch(state.data[0].image_shape, reads_text(state.experiment), device="meta")
@@ -147,7 +147,7 @@ def _require_alignable(state: SageState) -> None:
         return
     (size, i, rnd), client = min(alone), state.clients[0].model
     buffer = f"(client {i}'s buffer has {size} in round {rnd}): BatchNorm needs 2"
-    if size == 1 and not (_one(client, state.servers[0].model, state) and _one(client, state.auxes[0].model, state)):
+    if size == 1 and not (_one(client, server_of(state, 0).model, state) and _one(client, state.auxes[0].model, state)):
         small = experiment.algorithm.max_dataset_size
         require(small > 1, "algorithm.max_dataset_size", small, f"such that no alignment has 1 sample {buffer}")
         require(False, "model.client.batch_size", experiment.model.client.batch_size, f"2 or more {buffer}")
@@ -211,7 +211,7 @@ def target_of(
 ) -> Tensor:  # cut_grad, as the buffer's smashed data
     "The true gradient at the cut for client `i`'s buffer, from the server as it is now (FSL-SAGE, step 3)."
     batches = align_batches(state, i, rnd)
-    return gradient_by_batches(state.servers[0], state.buffers[i], align_criterion(state), batches)
+    return gradient_by_batches(server_of(state, i), state.buffers[i], align_criterion(state), batches)
 
 # %% ../../nbs/34_algorithms.sage.ipynb #1f3fe0b7
 def align_client(
@@ -266,7 +266,7 @@ def run_round(
     ledger: Ledger,
 ) -> Metrics:
     "One round of FSL-SAGE (FSL-SAGE, algorithm box)."
-    metrics, config, (server,) = Metrics(), state.experiment.algorithm, state.servers
+    metrics, config = Metrics(), state.experiment.algorithm
     due = config.aligns(rnd)
     if due and config.align_jointly:
         return jointly_aligned_round(state, rnd, ledger)
@@ -274,7 +274,7 @@ def run_round(
         link, aux, buffer = ledger.link(rnd, i), state.auxes[i], state.buffers[i]
         # 2. The server learns from what arrives and keeps it.
         at_server, labels = link.up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
+        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])
         buffer.add(at_server, labels)
         # 3. Every l-th round, at its first step: alignment; the aligned model comes down.
         if due and s == 0:
@@ -291,12 +291,12 @@ def jointly_aligned_round(
     ledger: Ledger,
 ) -> Metrics:
     "A round with alignment in which all clients are aligned with one and the same server (ours)."
-    metrics, (server,) = Metrics(), state.servers
+    metrics = Metrics()
     rounds = {i: client_steps(state, i, rnd, metrics) for i in state.present}
 
     def receive(i: int, s: int, smashed: Tensor, labels: Tensor) -> None:
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
+        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])
         state.buffers[i].add(at_server, labels)
 
     # 1, 2. Everyone's first upload.
@@ -325,6 +325,6 @@ SAGE_COST = RoundCost(
 )  # fmt: skip
 SAGE = Algorithm(
     "fsl_sage", run_round, "FSL-SAGE", {"color": "#029e73", "marker": "X", "linestyle": "-"}, SageSettings, init,
-    auxiliary=GRADIENT, warm_up="cse_fsl", asked_once=True, cost=SAGE_COST,
+    auxiliary=GRADIENT, warm_up="cse_fsl", asked_once=True, cost=SAGE_COST, own_cuts=True,
     presets={name: fields | SHORT_ALIGNMENT.get(name, {}) for name, fields in PRESETS.items()},
 )  # fmt: skip

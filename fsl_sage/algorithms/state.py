@@ -336,31 +336,34 @@ def each_its_own(
 def _splits(
     experiment: Experiment,
     data: Sequence[LocalData],  # one per client
+    auxiliary: bool,  # whether clients have auxiliary models
     device: torch.device,
-) -> dict[str, tuple[SplitModel, Trial]]:  # by cut, from the shallowest
-    "The same network, cut at each layer that a client has; they share nothing."
-    splits = {}
+) -> dict[str, tuple[SplitModel, nn.Module | None, Trial]]:  # by cut, from the shallowest
+    "The same network, cut at each layer that a client has, with an auxiliary model for each; they share nothing."
+    splits: dict[str, tuple[SplitModel, nn.Module | None, Trial]] = {}
     for cut in dict.fromkeys(experiment.model.cuts):
         own = replace(experiment.model, cut=cut, cuts=())
-        split, _, trial = _fresh_models(experiment.replace(model=own), data, False, device)
+        split, aux, trial = _fresh_models(experiment.replace(model=own), data, auxiliary, device)
         _require_trainable(experiment, data, split)
-        splits[cut] = split, trial
-    fast = all(trial.fast for _, trial in splits.values())
-    depth = {cut: len(cut_layers(split.server)) for cut, (split, _) in splits.items()}
-    return {
-        cut: (fast_layout(split) if fast else split, replace(trial, fast=fast))
-        for cut, (split, trial) in sorted(splits.items(), key=lambda item: -depth[item[0]])
-    }
+        if aux is not None:
+            _require_trainable(experiment, data, nn.Sequential(split.client, aux))
+        splits[cut] = split, aux, trial
+    fast = all(trial.fast for *_, trial in splits.values())
+    for split, aux, _ in splits.values() if fast else ():
+        fast_layout(nn.ModuleList([split] if aux is None else [split, aux]))
+    depth = {cut: len(cut_layers(split.server)) for cut, (split, *_) in splits.items()}
+    ordered = sorted(splits.items(), key=lambda item: -depth[item[0]])
+    return {cut: (split, aux, replace(trial, fast=fast)) for cut, (split, aux, trial) in ordered}
 
 # %% ../../nbs/29_algorithms.state.ipynb #37e925a0
 def _parts_of_own_cuts(
-    experiment: Experiment, data: Sequence[LocalData], servers: int, device: torch.device
+    experiment: Experiment, data: Sequence[LocalData], servers: int, auxiliary: bool, device: torch.device
 ) -> dict[str, Any]:
     "`init_parts` where clients have cuts of their own."
     require_no_fleet(len(data), "where they have cuts of their own (model.cuts)")
-    splits, model = _splits(experiment, data, device), experiment.model
+    splits, model = _splits(experiment, data, auxiliary, device), experiment.model
 
-    def made(kind: str, modules: Sequence[nn.Module]) -> list[Part]:
+    def made(kind: str, modules: Sequence[Any]) -> list[Part]:
         options, config = part_options(experiment, data, kind, servers), getattr(model, NAMES[kind]).optimizer
         return [make_part(deepcopy(module).to(device).train(), config, **options) for module in modules]
 
@@ -372,9 +375,10 @@ def _parts_of_own_cuts(
         entries = {cut: SplitModel.cut(whole, cut).server.train() for cut in list(splits)[1:]}
     return {
         "experiment": experiment, "data": data, "clients": each_its_own(clients), "servers": each_its_own(parts),
+        "auxes": each_its_own(made("aux", [splits[cut][1] for cut in model.cuts])) if auxiliary else [],
         "entries": [entries.get(cut, parts[0].model) for cut in model.cuts] if entries else [],
-        "drawing": frozenset().union(*(trial.drawing for _, trial in splits.values())),
-        "fast": next(iter(splits.values()))[1].fast,
+        "drawing": frozenset().union(*(trial.drawing for *_, trial in splits.values())),
+        "fast": next(iter(splits.values()))[2].fast,
     }  # fmt: skip
 
 # %% ../../nbs/29_algorithms.state.ipynb #a11321ce
@@ -401,7 +405,7 @@ def init_parts(
     "Fresh models and optimisers for a server and its clients. `ValueError` if batches and network do not fit."
     model, device = experiment.model, next(data[0].batches(0, 0))[0].device
     if model.cuts:
-        return _parts_of_own_cuts(experiment, data, servers, device)
+        return _parts_of_own_cuts(experiment, data, servers, auxiliary, device)
     split, aux, trial = _fresh_models(experiment, data, auxiliary, device)
     _require_trainable(experiment, data, split)
     if aux is not None:

@@ -153,7 +153,7 @@ def costs_of(
     client: int = 0,  # whose: they differ where clients have cuts of their own
 ) -> Costs:
     "Count what a sample costs the parts of `state`."
-    parts = [state.clients[client], server_of(state, client), state.auxes[0] if len(state.auxes) else None]
+    parts = [state.clients[client], server_of(state, client), state.auxes[client] if len(state.auxes) else None]
     models, names = [part.model if part else None for part in parts], ("client_bytes", "server_bytes", "aux_bytes")
     there = [(name, part) for name, part in zip(names, parts, strict=True) if part]
     own: dict[str, Any] = {name: tensor_bytes(part.exchanged()) for name, part in there}

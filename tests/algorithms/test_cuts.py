@@ -225,11 +225,42 @@ def test_layers_are_averaged_from_wherever_they_are():
         [state.clients[0].model(data[0].x), state.clients[1].model(data[1].x)]))  # fmt: skip
 
 
+FITTING = {"model.auxiliary.size": "first_layers", "model.auxiliary.budget_mb": 0.05}  # an auxiliary model for any cut
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_fsl_sage_with_cuts_that_differ_in_shape_alone_is_the_run_with_one(joint):
+    """Before numbers are laid in a row, or after: the parts are made for cuts of their own, nothing else differs."""
+    how = FITTING | {"algorithm.align_epochs": 3, "algorithm.align_jointly": joint}
+    own = rounds_of("fsl_sage", "resnet18", **{"model.cuts": ["flatten", "avgpool", "flatten"]}, **how)
+    assert alike(own, rounds_of("fsl_sage", "resnet18", **{"model.cut": "avgpool"}, **how))
+
+
+def test_auxiliary_models_are_averaged_among_the_clients_of_a_cut():
+    """CSE-FSL: clients 0 and 2 end a round with one auxiliary model, client 1 with its own, all on one server."""
+    own = {"model.name": "resnet18", "model.cuts": ["layer1", "layer3", "layer1"], "rounds": 1}
+    _, state = train_state(preset("smoke", "cse_fsl", **(SMALL | own | FITTING)), "cpu", progress=False)
+    one, alone, other = (aux.exchanged() for aux in state.auxes)
+    assert all(torch.equal(one[name], other[name]) for name in one) and one.keys() != alone.keys()
+    shared = state.clients[0].exchanged()
+    for client in state.clients[1:]:
+        assert all(torch.equal(tensor, client.exchanged()[name]) for name, tensor in shared.items())
+    deep = {n for n in state.clients[1].exchanged() if n not in shared}
+    assert deep and all(torch.equal(state.clients[1].exchanged()[n], state.servers[0].exchanged()[n]) for n in deep)
+
+
+def test_fsl_sage_aligns_each_client_with_the_server_from_its_own_cut():
+    own = {"model.name": "resnet18", "model.cuts": ["layer1", "layer3", "layer2"], "algorithm.align_epochs": 20}
+    history = train(preset("smoke", "fsl_sage", **(SMALL | own | FITTING)), "cpu", progress=False)
+    first = history.alignments[history.alignments["round"] == 0]
+    assert first.client.tolist() == [0, 1, 2] and (first.error_after < first.error_before).all()
+
+
 @pytest.mark.parametrize("changes", [{}, {"participation": 0.67, "clock.deadline": 0.09}])
-@pytest.mark.parametrize("name", ["sl_single_server", "sl_multi_server"])
+@pytest.mark.parametrize("name", ["sl_single_server", "sl_multi_server", "cse_fsl", "fsl_sage"])
 def test_each_clients_bytes_are_those_of_its_cut(name, changes):
     own = {"model.name": "resnet18", "model.cuts": list(OWN["resnet18"]), "clock.spread": 0.5}
-    experiment = preset("smoke", name, **(SMALL | own | changes))
+    experiment = preset("smoke", name, **(SMALL | own | changes | (FITTING if ALGORITHMS[name].auxiliary else {})))
     history, register = train(experiment, "cpu", progress=False), register_of(set_up(experiment), clock=True)
     assert len({costs.client_bytes for costs in register.costs}) == 3
     again = simulated_seconds(history, register.samples, register.costs, experiment.clock)  # refuses other bytes
@@ -259,16 +290,17 @@ def test_the_clock_gives_each_client_the_deepest_cut_in_time():
         cuts_in_time(preset("smoke"), cuts)
 
 
-def test_a_run_with_cuts_of_their_own_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    experiment = tiny("sl_single_server", **{"model.name": "resnet18", "model.cuts": ["layer1", "layer3", "layer2"]})
+@pytest.mark.parametrize("name", ["sl_single_server", "cse_fsl", "fsl_sage"])
+def test_a_run_with_cuts_of_their_own_goes_on_from_its_checkpoint(tmp_path, monkeypatch, name):
+    own = {"model.name": "resnet18", "model.cuts": ["layer1", "layer3", "layer2"]}
+    experiment = tiny(name, **own, **(FITTING if ALGORITHMS[name].auxiliary else {}))
     whole = train(experiment, "cpu", progress=False)
     stopped_after(1, monkeypatch, experiment, tmp_path / "run")
     assert_same(whole, train(experiment, "cpu", progress=False, checkpoint=tmp_path / "run"))
 
 
 REFUSED = [
-    ({"algorithm.name": "fsl_sage"}, "'fsl_sage', whose auxiliary models all belong to one cut; clients of sl_si"),
-    ({"algorithm.name": "cse_fsl"}, "'cse_fsl', whose auxiliary models all belong to one cut"),
+    ({"algorithm.name": "heron_sfl"}, "'heron_sfl', whose auxiliary models all belong to one cut; .*fsl_sage"),
     ({"algorithm.name": "psl"}, "left out for 'psl', whose clients have one cut"),
     ({"num_clients": 4}, "model.cuts=.*one layer for each of the 4 clients, or shares"),
     ({"model.cuts": ["layer1:0.5", "layer2:0.4"]}, "shares that add up to 1"),
