@@ -35,7 +35,7 @@ def init(
 
 # %% ../../nbs/36b_algorithms.sage_split_lr.ipynb #81a230cf
 SAGE_SPLIT_LR = Algorithm(
-    "sage_split_lr", SAGE.run_round, style={"color": "#00664d", "marker": (4, 1, 45), "linestyle": (0, (4, 1))},
+    "sage_split_lr", SAGE.run_round, style={"color": "#85bd76", "marker": (4, 1, 45), "linestyle": (0, (4, 1))},
     settings=SageSplitLrSettings, init=init, auxiliary=SAGE.auxiliary, warm_up=SAGE.warm_up,
     asked_once=SAGE.asked_once, cost=SAGE.cost, presets=SAGE.presets,
 )  # fmt: skip

@@ -171,7 +171,7 @@ TWO_POINT = Amount("2P N", lambda settings, batches: 2 * settings.directions * s
 SLOW_RATE = 1e-4
 SLOW = {f"model.{part}.optimizer.lr": SLOW_RATE for part in ("client", "auxiliary")}
 HERON = Algorithm(
-    "heron_sfl", heron_round, style={"color": "#7f1f5f", "marker": "1", "linestyle": (0, (7, 1, 1, 1))},
+    "heron_sfl", heron_round, style={"color": "#61758d", "marker": "1", "linestyle": (0, (7, 1, 1, 1))},
     settings=HeronSettings, starts=("client_model", "aux_model"), auxiliary=LOSS, asked_once=True,
     cost=RoundCost(
         {"forward": every("server_update_interval"), "forward_with_aux": TWO_POINT},
@@ -306,7 +306,7 @@ HO_SFL = Algorithm(
     ),
 )  # fmt: skip
 HOSL = Algorithm(
-    "hosl", hosl_round, style={"color": "#7f5f1f", "marker": "3", "linestyle": (0, (6, 1, 2, 1))},
+    "hosl", hosl_round, style={"color": "#cbab52", "marker": "3", "linestyle": (0, (6, 1, 2, 1))},
     settings=ZerothSettings, order=IN_TURN, presets=SLOW_CLIENTS,
     cost=RoundCost(
         {"forward": WITH_MOVED}, {"server": EACH, "server_forward": MOVED}, {"smashed": WITH_MOVED},

@@ -202,7 +202,8 @@ def _train_here(
     place = folder
     forget_peak_memory()
     try:
-        history = train(experiment, device, root, progress, None, checkpoint, [extras], data, recorded)
+        how: dict[str, Any] = {"callbacks": [extras], "data": data, "recorded": recorded}
+        history = train(experiment, device, root, progress, checkpoint=checkpoint, **how)
     except DivergedError as error:
         history, place = error.history, aside
         notes |= {"error": str(error)}

@@ -27,7 +27,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(algorithm, tmp_path, m
 
 @pytest.mark.parametrize("schedule", ["step", "multistep", "cyclic", "fraction", "cosine", "warmup"])
 def test_schedules_go_on(schedule, tmp_path, monkeypatch):
-    own = {"name": schedule, "milestones": [1, 2], "step_size": 1, "gamma": 0.5, "fraction": 0.5}
+    own = {"name": schedule, "milestones": [1, 2], "step_size": 1, "gamma": 0.5, "fraction": 0.5, "warmup_rounds": 2}
     experiment, path = tiny("fed_avg", **{"model.client.optimizer.scheduler": own}), tmp_path / "run.safetensors"
     whole = train(experiment, "cpu", progress=False)
     assert len(set(whole.rounds.client_lr)) > 1

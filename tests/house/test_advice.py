@@ -649,11 +649,12 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "cut where one tensor of floating-point numbers comes out": numbers_at_the_cut,
     "draw them in the forward pass": draws_in_the_forward_pass,
     "build it of other layers": an_auxiliary_of_other_layers,
+    "another distribution for data that": "test_natural.py::test_data_without_owners_have_no_natural_clients",
     "see python -m fsl_sage.commands.ranks --help": "test_cli.py::test_each_command_is_a_module_that_runs",
 }
 NO_ADVICE = (
     "run {}",
-    "train/<class>/ and test/<class>/",
+    "train/<class>/ or train/<client>/<class>/, and test/<class>/",
     "trained again to keep it",
     "take in runs that",
     "delete what cannot be used",
