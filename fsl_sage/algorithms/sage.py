@@ -87,9 +87,10 @@ def _held(model: nn.Module, smashed: Tensor, labels: Tensor, criterion: Any, sec
 def alignment_memory(
     state: SageState,
     size: int,  # samples in the buffer
+    i: int = 0,  # client
 ) -> float:  # bytes; 0: not known
     "What aligning a client needs besides the models: the target, or one batch of the auxiliary model's passes."
-    models = state.clients[0].model, server_of(state, 0).model, state.auxes[0].model
+    models = state.clients[i].model, server_of(state, i).model, state.auxes[i].model
     try:
         client, server, aux = (deepcopy(model).to("meta").train() for model in models)
         x, y = example_batch(state.data[0].image_shape, reads_text(state.experiment), device="meta")
@@ -106,7 +107,7 @@ def _require_memory(state: SageState, size: int, i: int) -> None:
     "`ValueError` if the alignment of client `i`'s buffer, of `size` samples, cannot fit into the device's memory."
     if size * math.prod(state.data[0].image_shape) < SMALL:
         return
-    needed, there, config = alignment_memory(state, size), memory_of(state.device), state.experiment.algorithm
+    needed, there, config = alignment_memory(state, size, i), memory_of(state.device), state.experiment.algorithm
     if needed > there:
         buffer = f"client {i}'s buffer of {size} samples needs {needed / 2**30:.3g} GiB at once"
         fine = f"such that an alignment fits into the {there / 2**30:.3g} GiB of {state.device} ({buffer}); " \
@@ -134,24 +135,25 @@ def aligned_sizes(
         size = min(size + sum(uploads), config.max_dataset_size)
 
 
-def _require_alignable(state: SageState) -> None:
+def _require_alignable(state: SageState, clients: Sequence[int]) -> None:  # whose parts have one form
     "`ValueError` if an alignment cannot be made: for want of memory, or for a batch of one sample at a BatchNorm."
     experiment, n = state.experiment, state.experiment.algorithm.align_batch_size
     buffers = [
-        (size, i, rnd) for i, local in enumerate(state.data) for rnd, size in aligned_sizes(experiment, len(local), i)
+        (size, i, rnd) for i in clients for rnd, size in aligned_sizes(experiment, len(state.data[i]), i)
     ]
     if buffers:
         _require_memory(state, *max(buffers)[:2])
     alone = [one for one in buffers if one[0] == 1 or n == 1 or (n < one[0] and one[0] % n == 1)]
     if not alone:
         return
-    (size, i, rnd), client = min(alone), state.clients[0].model
+    size, i, rnd = min(alone)
+    client, server, aux = state.clients[i].model, server_of(state, i).model, state.auxes[i].model
     buffer = f"(client {i}'s buffer has {size} in round {rnd}): BatchNorm needs 2"
-    if size == 1 and not (_one(client, server_of(state, 0).model, state) and _one(client, state.auxes[0].model, state)):
+    if size == 1 and not (_one(client, server, state) and _one(client, aux, state)):
         small = experiment.algorithm.max_dataset_size
         require(small > 1, "algorithm.max_dataset_size", small, f"such that no alignment has 1 sample {buffer}")
         require(False, "model.client.batch_size", experiment.model.client.batch_size, f"2 or more {buffer}")
-    if not _one(client, state.auxes[0].model, state):
+    if not _one(client, aux, state):
         would_do = f"{experiment.algorithm.max_dataset_size} would do"
         fine = f"such that no batch of an alignment has 1 sample {buffer}; {would_do}"
         require(False, "algorithm.align_batch_size", n, fine)
@@ -176,7 +178,8 @@ def init(
     state = SageState(**init_parts(experiment, data, auxiliary=True), buffers=[kind(size) for _ in data])
     if experiment.algorithm.align_jointly:
         require_all_in_flight(state)
-    _require_alignable(state)
+    for clients in state.by_cut:
+        _require_alignable(state, clients)
     broadcast(state, -1, ledger, client_model=state.clients, aux_model=state.auxes)
     return state
 

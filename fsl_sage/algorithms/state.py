@@ -146,6 +146,12 @@ class State:
         return criterion_of(self.experiment)
 
     @property
+    def by_cut(self) -> list[list[int]]:
+        "The clients of each cut, whose parts have one form: all of them where there is one cut."
+        cuts = self.experiment.model.cuts or [""] * len(self.data)
+        return [[i for i, own in enumerate(cuts) if own == cut] for cut in dict.fromkeys(cuts)]
+
+    @property
     def weights(self) -> list[float]:
         "The share of each client that is present in the samples of all who are: n_i/n if no client is absent."
         total = sum(len(self.data[i]) for i in self.present)

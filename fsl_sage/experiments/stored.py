@@ -187,14 +187,16 @@ class StoredRuns:
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> list[Experiment]:
         "As `stored`; where a run is not there, the longest of its beginnings that is."
-        digests, found = RunDigests(root), []
-        others = sorted(experiments_in(self.root), key=lambda run: -run.rounds)
-        for whole in experiments:
-            if self._folder(whole, digests).exists():
+        wanted = list(experiments)
+        there, found = set(self.stored(wanted, root)), []
+        others = experiments_in(self.root) if set(wanted) - there else []
+        for whole in wanted:
+            if whole in there:
                 found.append(whole)
             elif can_be_shorter(whole):
-                shorter = (run for run in others if run.rounds < whole.rounds and run.algorithm == whole.algorithm)
-                found += [run for run in shorter if run.replace(rounds=whole.rounds) == whole][:1]
+                shorter = [run for run in others if run.rounds < whole.rounds and run.algorithm == whole.algorithm]
+                begun = [run for run in shorter if run.replace(rounds=whole.rounds) == whole]
+                found += [max(begun, key=lambda run: run.rounds)] if begun else []
         return found
 
     def made_with(self, experiment: Experiment) -> dict[str, Any]:  # plain values, as `provenance` gives them

@@ -339,3 +339,11 @@ def test_an_estimate_counts_each_clients_cut_and_each_head():
     experiment = preset("smoke", "sl_multi_server", **{"dataset.distribution": "iid"}, **u_shaped("layer1", "layer3"))
     history = train(experiment, "cpu", progress=False)
     assert count(experiment)["bytes"] == history.rounds.paper_bytes.iloc[-1]
+
+
+def test_an_alignment_of_one_sample_is_refused_at_each_cut():
+    """Client 0 has nothing but a linear layer above its cut; at client 1's BatchNorm wants two samples."""
+    own = {"model.name": "resnet18", "model.cuts": ["avgpool", "layer1"], "num_clients": 2}
+    one = FITTING | {"algorithm.max_dataset_size": 1}
+    with pytest.raises(ValueError, match=r"algorithm.max_dataset_size=1: must be such .*client 1's buffer has 1"):
+        set_up(preset("smoke", "fsl_sage", **(SMALL | own | one)))
