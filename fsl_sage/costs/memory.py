@@ -7,7 +7,7 @@ __all__ = ['ABOVE', 'ALONG', 'LiveBytes', 'ClientMemory', 'client_memory']
 
 # %% ../../nbs/38b_costs.memory.ipynb #481f4a4f
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -69,10 +69,12 @@ ALONG = [(0, "memory")]  # the direction of a step without back-propagation
 
 
 def _client_step(
-    cost: RoundCost, client: Part, above: Part | None, x: Tensor, y: Tensor, criterion: Any
+    cost: RoundCost, client: Part, above: Part | None, features: Sequence[int], x: Tensor, y: Tensor, criterion: Any
 ) -> Iterator[None]:
     "One step; what is alive at a `yield` waits for the server's answer."
-    if "forward_with_aux" in cost.client:
+    if "features" in cost.down:
+        yield from _u_shaped_step(client, features, x, y, criterion)
+    elif "forward_with_aux" in cost.client:
         loss = partial(auxiliary_loss, client, above, x, y, criterion)
         two_point_step(loss, [client, above], ALONG, 1e-3)
     elif "forward" in cost.client:
@@ -89,6 +91,17 @@ def _client_step(
             yield
             cut_grad = torch.zeros_like(smashed)  # it comes down
         client.backward(smashed, cut_grad)
+
+
+def _u_shaped_step(client: Part, features: Sequence[int], x: Tensor, y: Tensor, criterion: Any) -> Iterator[None]:
+    "The same of a client that has both ends of the network; `features` is the shape of what the server gives."
+    head = replace(client, model=client.model.get_submodule("head"), schedule=None)
+    smashed = client(x)
+    yield
+    at_client = torch.zeros(features, device=x.device, requires_grad=True)
+    head.step(criterion(head(at_client), y))
+    yield
+    client.step(smashed, torch.zeros_like(smashed))
 
 
 def _forward_step(cost: RoundCost, client: Part, x: Tensor) -> Iterator[None]:
@@ -127,41 +140,55 @@ def _own_bytes(parts: Iterable[Part]) -> tuple[int, int, int]:
     return total(tensors), total(moments), total(gradients)
 
 # %% ../../nbs/38b_costs.memory.ipynb #f3c07e1a
-def _copies(state: State, cost: RoundCost) -> list[Part]:
-    "The client's parts: below the cut, and above it where it has one; fresh optimisers."
+def _copies(state: State, cost: RoundCost, i: int) -> list[Part]:
+    "The parts of client `i`: below the cut, and above it where it has one; fresh optimisers."
     model, above = state.experiment.model, next((ABOVE[word] for word in cost.client if word in ABOVE), "")
     configs: dict[str, Any] = {"clients": model.client, "servers": model.server, "auxes": model.auxiliary}
     parts = []
     for kind in ["clients", *([above] if above else [])]:
         optimizer = replace(configs[kind].optimizer, scheduler=None)
-        copy = deepcopy(getattr(state, kind)[0].model).train()
+        copy = deepcopy(getattr(state, kind)[i].model).train()
         parts.append(make_part(copy, optimizer, precision=state.experiment.precision))
     return parts
+
+
+def _features(state: State, client: Part, x: Tensor) -> Sequence[int]:
+    "The shape of what the server of a U-shaped network gives for a batch."
+    with torch.no_grad():
+        return deepcopy(state.servers[0].model)(client(x)).shape
 
 
 def client_memory(
     state: State,  # freshly set up; stays as it is
 ) -> ClientMemory | None:  # None: what the algorithm's clients do is not known
     "Count what the most loaded client of `state` holds, on the device where the state is."
-    cost, experiment = record_of(state.experiment).cost, state.experiment
-    if cost is None or experiment.model.head_cut is not None or experiment.model.cuts:
+    cost = record_of(state.experiment).cost_of(state.experiment)
+    if cost is None:
         return None
-    n = min(experiment.model.client.batch_size, max(map(len, state.data)))
+    largest = [max(clients, key=lambda i: len(state.data[i])) for clients in state.by_cut]
+    return max((_memory_of_one(state, cost, i) for i in largest), key=lambda memory: memory.peak)
+
+
+def _memory_of_one(state: State, cost: RoundCost, i: int) -> ClientMemory:
+    "What client `i` holds."
+    experiment = state.experiment
+    n = min(experiment.model.client.batch_size, len(state.data[i]))
     with random_stream(generator(0, "memory"), state.device), arithmetic(experiment.precision):
-        parts = _copies(state, cost)
+        parts = _copies(state, cost, i)
         x, y = example_batch(state.data[0].image_shape, reads_text(experiment), n, state.device)
         above = parts[1] if len(parts) > 1 else None
-        waiting, peak = 0, 0
+        features = _features(state, parts[0], x) if "features" in cost.down else ()
         for _ in range(2):
+            waiting = 0
             with LiveBytes() as live:
                 live.watch([x, y, *(t for part in parts for t in (*part.model.parameters(), *part.model.buffers()))])
                 live.watch(t for part in parts for state_ in part.optimizer.state.values() for t in state_.values())
                 live.watch(t.grad for part in parts for t in part.model.parameters())
                 before = live.now
-                for _ in _client_step(cost, parts[0], above, x, y, state.criterion):
-                    waiting = live.now - before
+                for _ in _client_step(cost, parts[0], above, features, x, y, state.criterion):
+                    waiting = max(waiting, live.now - before)
             peak = live.most
         with held_memory(nn.ModuleList([part.model for part in parts])) as held:
-            for _ in _client_step(cost, parts[0], above, x, y, state.criterion):
+            for _ in _client_step(cost, parts[0], above, features, x, y, state.criterion):
                 pass
         return ClientMemory(*_own_bytes(parts), sum(held.values()), peak, waiting)

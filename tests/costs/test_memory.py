@@ -1,5 +1,7 @@
 """What a client holds, against what PyTorch's own accounting says of real steps."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -7,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.base import Metrics, whole_step
+from fsl_sage.algorithms.baselines import u_shaped_step
 from fsl_sage.algorithms.sage import client_steps
 from fsl_sage.config.presets import preset
 from fsl_sage.core import tensor_bytes
@@ -69,14 +72,70 @@ def test_the_peak_is_what_a_profiler_sees(algorithm, network):
     """From fresh optimisers on, so that the profiler sees moments and gradients come."""
     told = client_memory(set_up(preset("smoke", algorithm, **OWN | NETWORKS[network])))
     state, _, batches, before = fresh(algorithm, network)
+    assert told.peak == pytest.approx(before + most_allocated(STEPS[algorithm], state, batches), rel=0.05)
+
+
+def most_allocated(make, *args):
+    """The most bytes above the start that PyTorch's profiler sees, as `make` works."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        STEPS[algorithm](state, batches)
-    now = most = before
+        make(*args)
+    now = most = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    assert told.peak == pytest.approx(most, rel=0.05)
+    return most
+
+
+class EmptyServer:
+    """Gives zeros for features and for the gradient at the cut, and holds nothing."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __call__(self, smashed):
+        self.smashed = smashed
+        return torch.zeros(self.shape)
+
+    def step(self, features, gradient):
+        self.smashed.grad = torch.zeros_like(self.smashed)
+
+
+class Nothing:
+    """A link between two places that are one."""
+
+    def up(self, **one):
+        (tensor,) = one.values()
+        return tensor.detach()
+
+    down = up
+
+
+@pytest.mark.parametrize("network", ["resnet18", "simple_conv"])
+def test_the_peak_of_both_ends_is_what_a_profiler_sees(network):
+    head = {"resnet18": "layer4", "simple_conv": "relu3"}[network]
+    told = client_memory(
+        set_up(preset("smoke", "sl_single_server", **OWN | NETWORKS[network], **{"model.head_cut": head}))
+    )
+    state, (client,), batches, before = fresh("sl_single_server", network, **{"model.head_cut": head})
+    shape = deepcopy(state.servers[0].model)(deepcopy(client.model)(batches[0][0])).shape
+
+    def three_steps():
+        for x, y in batches:
+            u_shaped_step(client, EmptyServer(shape), Nothing(), x, y, state.criterion)
+
+    assert told.peak == pytest.approx(before + most_allocated(three_steps), rel=0.05)
+    plain = client_memory(set_up(preset("smoke", "sl_single_server", **OWN | NETWORKS[network])))
+    assert told.models > plain.models and told.waiting >= plain.waiting
+
+
+@pytest.mark.parametrize("algorithm", ["sl_multi_server", "fsl_sage"])
+def test_of_own_cuts_the_most_loaded_client_counts(algorithm):
+    fields = OWN | {"num_clients": 3, "model.width": 16, "model.auxiliary.size": "first_layers"}
+    told = {cuts: client_memory(set_up(preset("smoke", algorithm, **fields, **{"model.cuts": list(cuts)})))
+            for cuts in (("layer1",) * 3, ("layer3",) * 3, ("layer3", "layer1", "layer1"))}  # fmt: skip
+    shallow, deep, mixed = told.values()
+    assert mixed in (shallow, deep) and mixed.peak == max(shallow.peak, deep.peak) and shallow != deep
 
 
 @pytest.mark.parametrize("network", NETWORKS)
