@@ -22,7 +22,7 @@ LEDGER_COLUMNS = ("paper", "artefact", "setting", "metric", "value", "unit", "so
 def parse_setting(
     setting: str,  # for instance "n_clients=1 averaging=initial 60%" or "active_fraction=0.5 vs FL"
 ) -> dict[str, float | str]:
-    "The setting of a claim by name; numbers become numbers, what follows `vs` is called `vs`. `ValueError` if empty."
+    "The setting of a claim by name; text after `vs` gets the name `vs`. `ValueError` if it has no name."
     pairs = re.findall(r"(\w+)=(.*?)(?=\s+\w+=|\s+vs\s|$)", setting) + re.findall(r"\s(vs)\s+(.+)$", setting)
     require(bool(pairs), "setting", setting, "name=value, several with blanks between")
     numeric = re.compile(r"-?\d+(\.\d+)?")
@@ -61,7 +61,7 @@ def published(
     artefact: str | None = None,  # the paper's table or figure, as the column `artefact` has it; None: all
     metric: str | None = None,  # None: all
 ) -> pd.DataFrame:  # the ledger's columns and a column for each name in the settings
-    "The published numbers of a paper. `ValueError` lists what there is if a name is unknown."
+    "The published numbers of a paper. For an unknown name, `ValueError` lists the known ones."
     claims = all_published()
     for column, wanted in {"paper": paper, "artefact": artefact, "metric": metric}.items():
         if wanted is not None:
@@ -97,7 +97,7 @@ def best_at(
     rounds: pd.DataFrame,  # of one run
     budget: float,  # bytes, in the paper's counting
 ) -> float:  # accuracy, 0..1; NaN: the run ended before
-    "The best test accuracy of a run that spent the budget. A first passage asks whether it is above the target."
+    "The best test accuracy within the budget, for a run that spent it. If it is below a target, the run missed it."
     return best_up_to(rounds, budget) if rounds.paper_bytes.max() >= budget else math.nan
 
 

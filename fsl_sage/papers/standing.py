@@ -68,9 +68,9 @@ def values_of(
 
 
 def judge(
-    table: pd.DataFrame,  # a row a number: paper, artefact, metric, unit, value, least, most, runs, preset
+    table: pd.DataFrame,  # a row per number: paper, artefact, metric, unit, value, least, most, runs, preset
 ) -> pd.DataFrame:  # the same with ours, deviation, n, difference, verdict, note
-    "Say of each number what `verdict` says; a difference only where the experiment is the same."
+    "Give each number its verdict; the difference stays empty unless our runs are of the published experiment."
     rows = []
     for row in table.itertuples():
         values = pd.Series(values_of(row.runs), dtype=float)
@@ -145,7 +145,7 @@ OWNERS = {
     "E2E test set": "language_restaurants", "E2E validation set": "language_restaurants",
     "E2E test set (GPT-2 medium)": "language_restaurants", "Table 4": "sglr_table_4",
     "Table 5": "sglr_activations_and_leakage", "Sec 4.4": "sglr_communication",
-}  # artefact → the figure whose runs speak of it; of the others any one figure
+}  # artefact → the figure that owns it; any other artefact belongs to the one figure that has its numbers
 
 
 def read_versus(
@@ -162,7 +162,7 @@ def read_versus(
 def our_numbers(
     gallery: str | Path,
 ) -> pd.DataFrame:  # PLACE and runs, figure, hardware
-    "What the figures in `gallery` found for published numbers. `ValueError` names two figures with one place."
+    "What the figures in `gallery` found for published numbers. `ValueError` names two figures with one number."
     columns = [*PLACE, "runs", "figure", "hardware"]
     tables = [pd.DataFrame(columns=columns)]
     folders = [Path(gallery), Path(gallery) / PUBLISHED]
@@ -241,8 +241,8 @@ A_CORE = 75e9  # FLOP/s: a core of the machines on which most runs were made
 def not_run(
     ledger: pd.DataFrame,  # from `judge`
     gallery: Path,
-) -> pd.DataFrame:  # the same, with what it would take as the note of each number that was not run
-    "Say of what was not run how long its figure's runs would take."
+) -> pd.DataFrame:  # the same with these notes
+    "Give each number that was not run a note: how long its figure's runs would take."
     path = gallery / ESTIMATES
     if not path.is_file():
         return ledger
@@ -264,7 +264,7 @@ COLUMNS = (
 
 def gather(
     gallery: str | Path,  # with the tables of the figures
-) -> pd.DataFrame:  # COLUMNS; a row per claim, several if runs of several presets or variants speak of it
+) -> pd.DataFrame:  # COLUMNS; a row per claim, preset and variant
     "Judge every claim by what is in `gallery`, and write the ledger to `claims.csv` there."
     ours = our_numbers(gallery)
     numbers = all_published().assign(kind="number", statement="").merge(ours, on=KEY, how="left")
@@ -287,7 +287,7 @@ def gather(
 
 def count_verdicts(
     ledger: pd.DataFrame,  # from `gather`
-) -> pd.DataFrame:  # a row a paper and kind of claim, a column a verdict
+) -> pd.DataFrame:  # a row per paper and kind of claim, a column per verdict
     "How many claims have which verdict."
     counts = pd.crosstab([ledger.paper, ledger.kind], ledger.verdict)
     return counts.reindex(columns=list(VERDICTS), fill_value=0)
@@ -299,7 +299,7 @@ TWICE = "test_accuracy_at_printed_GiB"  # another way to judge communication_to_
 def settings_tested(
     ledger: pd.DataFrame,  # from `gather`
 ) -> pd.Series:  # a verdict by setting; empty: no run at the published setting
-    "What runs at the published setting say of each number. Cells of one setting with different verdicts: undecided."
+    "The verdicts on all settings, by runs at the published setting; cells of one setting that disagree are undecided."
     numbers = ledger[(ledger.kind == "number") & (ledger.variant == "") & (ledger.metric != TWICE)]
     found: dict[Any, set[str]] = {}
     for row in numbers.itertuples():

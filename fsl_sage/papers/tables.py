@@ -18,8 +18,8 @@ from ..core import atomic_path
 
 # %% ../../nbs/61_papers.tables.ipynb #530ba44c
 def with_half(
-    mean: float,  # NaN: there is none
-    half: float,  # half of its interval, in the same unit; NaN: not known
+    mean: float,  # NaN: no number, shown as a dash
+    half: float,  # half of the mean's interval, in the same unit; NaN: one run, no interval
     digits: int = 1,  # after the point
     sign: bool = False,  # whether a plus is written
 ) -> str:
@@ -69,7 +69,7 @@ def save_table(
     folder: str | Path,  # the gallery
     name: str,  # of the files, without suffix
 ) -> list[Path]:  # the files
-    "Write the table as NAME.md and NAME.tex, each whole or not at all."
+    "Write the table as NAME.md and NAME.tex; an interrupted write leaves no half file."
     paths = []
     for suffix, text in {"md": as_markdown(table), "tex": as_latex(table)}.items():
         paths.append(Path(folder) / f"{name}.{suffix}")

@@ -80,7 +80,7 @@ def margin_of(
 # %% ../../nbs/63_papers.verdicts.ipynb #00183242
 def verdict(
     least: float,  # the least that the published number may stand for
-    most: float,  # likewise the most; equal: the claim is exact
+    most: float,  # the most that it may stand for; equal to `least`: the claim is exact
     values: Sequence[float],  # ours, one per run; NaN: the run has no such value (never reached the target)
     preset: str,  # of our runs
     margin: float = 0.0,  # equivalence margin, in the claim's unit
@@ -125,10 +125,10 @@ def parse_order(
 # %% ../../nbs/63_papers.verdicts.ipynb #bb2fe07c
 def _step_p(
     low: Mapping[int, float],  # the runs that should be smaller, by seed
-    high: Mapping[int, float],  # likewise those that should be larger
+    high: Mapping[int, float],  # the runs that should be larger, by seed
     counted: bool,  # whether the numbers follow by counting: then one pair decides
 ) -> float:  # NaN: fewer than two common seeds
-    "The probability of so large a paired difference if `high` were not above `low`."
+    "The p-value of a paired test; its null hypothesis: `high` is not above `low`."
     from scipy import stats  # only here: importing it takes a second
 
     pairs = [(low[seed], high[seed]) for seed in low.keys() & high.keys()]
@@ -151,8 +151,8 @@ class OrderTest(NamedTuple):
     missing: list[str]  # names without a run
     wrong: list[str]  # steps that the means do not show, in words
     seeds: int  # least number of seeds that two neighbours share
-    p: float  # that the order does not hold; NaN: cannot be tested
-    p_reversed: float  # that no step of it is the other way round; likewise
+    p: float  # p-value; null hypothesis: the order does not hold; NaN: cannot be tested
+    p_reversed: float  # p-value; null hypothesis: no step is reversed; NaN: cannot be tested
 
 # %% ../../nbs/63_papers.verdicts.ipynb #01bf4bd7
 def _means(runs: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
@@ -200,7 +200,7 @@ def order_verdict(
     p: float,  # adjusted within the artefact, likewise `p_reversed`
     p_reversed: float,
 ) -> tuple[str, str]:  # one of VERDICTS; the reason in words
-    "What our runs say about a published order. Another preset is another experiment: its note says what is seen there."
+    "What our runs say about a published order; for runs of another preset only the note tells the order they show."
     if test.missing:
         return "not run", f"no run of {', '.join(test.missing)}"
     shown = "; ".join(test.wrong) or "every step as published"
