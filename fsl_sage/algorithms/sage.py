@@ -71,14 +71,14 @@ class SageState(State):
     "The federation and the server's alignment buffers."
 
     buffers: list[AlignmentBuffer] = field(default_factory=list)  # one per client
-    told: Callable[[int, AlignmentBuffer, Tensor], None] | None = None  # of each alignment: client, buffer, target
+    told: Callable[[int, AlignmentBuffer, Tensor], None] | None = None  # at each alignment: (client, buffer, target)
 
 # %% ../../nbs/34_algorithms.sage.ipynb #ce21b4af
 SMALL = 2**19  # pixels of a buffer's images up to which no alignment is large
 
 
 def _held(model: nn.Module, smashed: Tensor, labels: Tensor, criterion: Any, second: bool = False) -> float:
-    "Bytes that an estimate of the gradient at the cut holds for each sample; with `second` also its own derivative."
+    "Bytes per sample that autograd holds while it estimates the gradient at the cut; `second`: for alignment."
     with held_memory(model) as held:
         estimate_cut_grad(model, smashed, labels, second, criterion)
     return sum(held.values()) / len(smashed)
@@ -89,7 +89,7 @@ def alignment_memory(
     size: int,  # samples in the buffer
     i: int = 0,  # client
 ) -> float:  # bytes; 0: not known
-    "What aligning a client needs besides the models: the target, or one batch of the auxiliary model's passes."
+    "The bytes that aligning a client needs besides the models: for the target or for one pass, whichever is more."
     models = state.clients[i].model, server_of(state, i).model, state.auxes[i].model
     try:
         client, server, aux = (deepcopy(model).to("meta").train() for model in models)
@@ -120,7 +120,7 @@ def aligned_sizes(
     samples: int,  # of the client
     i: int,  # client
 ) -> Iterator[tuple[int, int]]:  # round, samples in the buffer at each alignment, until that stays
-    "How large a client's buffer is when it is aligned; who misses a deadline is not known yet."
+    "How large a client's buffer is at each of its alignments, if the client misses no deadline."
     config, client, size = experiment.algorithm, experiment.model.client, 0
     batches = [min(client.batch_size, samples - k) for k in range(0, samples, client.batch_size)] * client.epoch
     uploads = batches[:: config.server_update_interval]
@@ -134,7 +134,7 @@ def aligned_sizes(
                 return
         size = min(size + sum(uploads), config.max_dataset_size)
 
-
+# %% ../../nbs/34_algorithms.sage.ipynb #6339399d
 def _require_alignable(state: SageState, clients: Sequence[int]) -> None:  # whose parts have one form
     "`ValueError` if an alignment cannot be made: for want of memory, or for a batch of one sample at a BatchNorm."
     experiment, n = state.experiment, state.experiment.algorithm.align_batch_size
@@ -214,7 +214,7 @@ def target_of(
 ) -> Tensor:  # cut_grad, as the buffer's smashed data
     "The true gradient at the cut for client `i`'s buffer, from the server as it is now (FSL-SAGE, step 3)."
     batches = align_batches(state, i, rnd)
-    return gradient_by_batches(server_of(state, i), state.buffers[i], align_criterion(state), batches)
+    return gradient_by_batches(server_of(state, i), state.buffers[i], align_criterion(state), batches)  # (3a)
 
 # %% ../../nbs/34_algorithms.sage.ipynb #1f3fe0b7
 def align_client(
@@ -233,7 +233,7 @@ def align_client(
     error_before, cosine_before = look_at_estimate(aux, buffer, cut_grad, **how)
     shuffle = generator(state.experiment.sampling_seed, "align", i, rnd)
     epochs, batch_size, tolerance = config.align_epochs, config.align_batch_size, config.align_tolerance
-    passes = align(aux, buffer, cut_grad, epochs, batch_size, shuffle, tolerance, **how)
+    passes = align(aux, buffer, cut_grad, epochs, batch_size, shuffle, tolerance, **how)  # (3b)
     error_after, cosine_after = look_at_estimate(aux, buffer, cut_grad, **how)
     errors = {"error_before": error_before, "error_after": error_after}
     cosines = {"cosine_before": cosine_before, "cosine_after": cosine_after}
@@ -250,14 +250,11 @@ def client_steps(
     client, aux, config = state.clients[i], state.auxes[i], state.experiment.algorithm
     q, late = config.server_update_interval, getattr(config, "language_branch", False)  # a control has no such field
     for s, x, y in state.batches(i, rnd):
-        # 1. The forward pass.
-        smashed = client.forward(x)
-        # 2. Every q-th step: upload.
-        if s % q == 0 and not late:
+        smashed = client.forward(x)  # (1)
+        if s % q == 0 and not late:  # step 2: upload
             yield s, smashed.detach(), y
-        # 4. A step on the estimated gradient.
-        est_cut_grad, aux_loss = estimate_cut_grad(aux, smashed, y, criterion=state.criterion)
-        client.backward(smashed, est_cut_grad)
+        est_cut_grad, aux_loss = estimate_cut_grad(aux, smashed, y, criterion=state.criterion)  # (4a)
+        client.backward(smashed, est_cut_grad)  # (4b)
         metrics.loss(i, s, aux_loss, at="aux")
         if s % q == 0 and late:
             yield s, smashed.detach(), y
@@ -275,16 +272,13 @@ def run_round(
         return jointly_aligned_round(state, rnd, ledger)
     for i, s, smashed, labels in arrivals(state, lambda i: client_steps(state, i, rnd, metrics), waiting=due):
         link, aux, buffer = ledger.link(rnd, i), state.auxes[i], state.buffers[i]
-        # 2. The server learns from what arrives and keeps it.
         at_server, labels = link.up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])
+        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])  # (2)
         buffer.add(at_server, labels)
-        # 3. Every l-th round, at its first step: alignment; the aligned model comes down.
         if due and s == 0:
-            metrics.alignments.append(align_client(state, i, rnd, target_of(state, i, rnd)))
+            metrics.alignments.append(align_client(state, i, rnd, target_of(state, i, rnd)))  # (3a), (3b)
             link.down(aux_model=aux)
-    # 5. Client models are averaged; auxiliary models are not.
-    aggregate(state, rnd, ledger, client_model=state.clients)
+    aggregate(state, rnd, ledger, client_model=state.clients)  # (5); auxiliary models are not averaged
     return metrics
 
 # %% ../../nbs/34_algorithms.sage.ipynb #4133da4b
@@ -299,22 +293,21 @@ def jointly_aligned_round(
 
     def receive(i: int, s: int, smashed: Tensor, labels: Tensor) -> None:
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])
+        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])  # (2)
         state.buffers[i].add(at_server, labels)
 
-    # 1, 2. Everyone's first upload.
+    # Everyone's first upload.
     for i, steps in rounds.items():
         receive(i, *next(steps))
-    # 3. One server for all targets; then every auxiliary model for itself.
-    targets = {i: target_of(state, i, rnd) for i in state.present}
-    metrics.alignments = list(each_client(state, lambda i: align_client(state, i, rnd, targets[i])))
+    # One server for all targets; then every auxiliary model for itself.
+    targets = {i: target_of(state, i, rnd) for i in state.present}  # (3a)
+    metrics.alignments = list(each_client(state, lambda i: align_client(state, i, rnd, targets[i])))  # (3b)
     for i in state.present:
         ledger.link(rnd, i).down(aux_model=state.auxes[i])
-    # 4. The rest of the round.
+    # The rest of the round.
     for arrival in arrivals(state, rounds.__getitem__):
         receive(*arrival)
-    # 5. As always.
-    aggregate(state, rnd, ledger, client_model=state.clients)
+    aggregate(state, rnd, ledger, client_model=state.clients)  # (5)
     return metrics
 
 # %% ../../nbs/34_algorithms.sage.ipynb #5df7296b

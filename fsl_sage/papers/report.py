@@ -38,8 +38,8 @@ def mathml(
     tex: str,  # a formula, without its dollars
     display: str = "inline",  # or block
 ) -> str:
-    "A formula as MathML that is safe to put into a page."
-    tree = Converter(display=display).convert_to_element(tex)
+    "A formula as MathML that is safe to put into a page; its number, if it has one, stands apart after it."
+    tree = Converter(display=display).convert_to_element(re.sub(r"\\tag\{(\w+)\}", r"\\qquad\\text{(\1)}", tex))
     for element in tree.iter():  # its texts hold entities such as &#x0003C;
         element.text, element.tail = unescape(element.text or ""), unescape(element.tail or "")
     return tostring(tree, encoding="unicode")

@@ -135,6 +135,10 @@ def test_formulas_keep_their_signs():
     assert "∂" in mathml(r"\partial") and "≤" in mathml(r"\leq")
 
 
+def test_a_formulas_number_stands_apart():
+    assert re.search(r'<mi>b</mi><mspace width="2em" /><mtext>\(3a\)</mtext>', mathml(r"a=b \tag{3a}", "block"))
+
+
 @pytest.mark.parametrize("change", [{"alt": " "}, {"alt": None}, None], ids=["blank", "none", "no file"])
 def test_picture_without_words_is_refused(tmp_path, change):
     beside = save_picture(tmp_path, "demo")[-1]
