@@ -26,7 +26,7 @@ KINDS = (
     "client_model", "server_model", "aux_model", "smashed", "cut_grad", "mean_cut_grad", "labels", "features",
     "feature_grad", "scalars", "copy", "framing", "frozen", "kv",
 )  # fmt: skip
-NOTED = ("framing", "frozen", "kv")  # that are no message of their own
+NOTED = ("framing", "frozen", "kv")  # kinds that the ledger notes beside a message; none is sent alone
 PHASES = ("start", "round")
 
 
@@ -43,7 +43,7 @@ class Transfer(NamedTuple):
 
 
 class Exchanged(Protocol):
-    "What says itself which of its tensors are sent, as a part does (`networks.part`)."
+    "An object that lists those of its tensors that are sent, as a part does (`networks.part`)."
 
     def exchanged(self) -> dict[str, Tensor]: ...  # by name
 
@@ -52,9 +52,9 @@ Sendable = nn.Module | dict[str, Tensor] | Tensor | Exchanged  # one value of a 
 
 
 class Packing(Protocol):
-    "What packs one kind of tensor for the way and unpacks it on arrival (`networks.codecs.Coder`)."
+    "Packs a tensor before it is sent and unpacks it on arrival (`networks.codecs.Coder`)."
 
-    def pack(self, value: Tensor, rnd: int, client: int) -> dict[str, Tensor]: ...  # by name: what is sent instead
+    def pack(self, value: Tensor, rnd: int, client: int) -> dict[str, Tensor]: ...  # by name: what is sent
 
     def unpack(self, packed: dict[str, Tensor], like: Tensor, client: int) -> Tensor: ...  # what the receiver has
 
@@ -63,8 +63,8 @@ class Beside(NamedTuple):
     "What is noted beside a transfer, though it need not be sent."
 
     kind: str  # frozen or kv
-    times: int  # so many times the transfer's bytes …
-    plus: int  # … and so many bytes
+    times: int  # the bytes noted are times · (the transfer's bytes) …
+    plus: int  # … + plus
 
 # %% ../nbs/01_ledger.ipynb #23eead1d
 @cache
@@ -98,7 +98,7 @@ def by_dotted_name(
 
 
 def _arrived(value: Sendable) -> dict[str, Tensor] | Tensor:
-    "`value` as the other end has it: without the sender's graph; of a model its state dict."
+    "What the receiver gets: the tensor without the sender's graph, or the model's state dict."
     if isinstance(value, Tensor):
         return value.detach() if is_channels_last(value) else value.detach().contiguous()
     return {n: t.detach() for n, t in as_tensors(value).items()}
@@ -133,10 +133,10 @@ class Link:
     def unpacked(
         self,
         kind: str,
-        value: Any,  # as it was to be sent
-        packed: dict[str, Tensor],  # as it was sent
+        value: Any,  # before packing
+        packed: dict[str, Tensor],  # by name: what was sent
     ) -> Any:  # a tensor or a state dict
-        "What arrives."
+        "What the receiver gets."
         coder = self.ledger.coder(kind, value)
         return _arrived(value if coder is None else coder.unpack(packed, value, self.client))
 
@@ -212,9 +212,9 @@ class Records:
 
     def write(
         self,
-        transfer: Transfer,  # what went by
+        transfer: Transfer,  # one thing sent
     ) -> None:
-        "Note one thing sent; links call this."
+        "Append one record; links call this."
         self.transfers.append(self._known.setdefault(transfer, transfer))
 
     def coder(
@@ -222,7 +222,7 @@ class Records:
         kind: str,  # of a value
         value: Sendable,
     ) -> Packing | None:  # None: it is sent as it is
-        "What packs a value: of real numbers only."
+        "The coder of that kind, if `value` is a tensor of real numbers."
         return self.coders.get(kind) if isinstance(value, Tensor) and value.is_floating_point() else None
 
     def link(
@@ -230,22 +230,22 @@ class Records:
         rnd: int,  # round, from 0; -1 before
         client: int,  # 0 … n_clients - 1
     ) -> Link:
-        "The wire of `client` in round `rnd`."
+        "The link between `client` and the server in round `rnd`."
         return Link(self, rnd, client)
 
     def multicast(
         self,
         rnd: int,  # round, from 0; -1 before
-        clients: Iterable[int],  # who receives it
+        clients: Iterable[int],  # the receivers
         **message: Tensor,  # one, by its kind
     ) -> dict[int, Tensor]:  # what each client receives
-        "Server → several clients: the same message to all; to all but the first it is a `copy` of it."
+        "Server → several clients: the same message to all; the records of all but the first are a `copy`."
         links = [self.link(rnd, client) for client in clients]
         packed = noted_several(links, message)
         ((kind, value),) = message.items()
         return {link.client: link.unpacked(kind, value, packed) for link in links}
 
-
+# %% ../nbs/01_ledger.ipynb #8e178b05
 def noted_several(
     links: Sequence[Link],  # of those who receive it, in one round
     message: dict[str, Tensor],  # one tensor, by its kind
@@ -282,7 +282,7 @@ class Ledger(Records):
         "What all transfers so far cost by `convention`. `ValueError` if there is none of that name."
         return _count(self)[one_of("convention", convention, CONVENTIONS)]
 
-    def frame(self) -> pd.DataFrame:  # one row a transfer; columns as the fields of Transfer
+    def frame(self) -> pd.DataFrame:  # one row per transfer; columns as the fields of Transfer
         "All transfers as a tidy table."
         return pd.DataFrame(self.transfers, columns=Transfer._fields)
 
@@ -293,7 +293,7 @@ class Ledger(Records):
 
 # %% ../nbs/01_ledger.ipynb #76a153a1
 def _count(ledger: Ledger) -> Counter:  # convention → bytes
-    "The totals, with the transfers that were not yet in them priced by every convention."
+    "Price the new transfers by every convention, and return the totals."
     for transfer in ledger.transfers[ledger._counted :]:
         first = False
         if transfer.kind == "mean_cut_grad":

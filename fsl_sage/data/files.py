@@ -23,11 +23,11 @@ from PIL import Image, ImageOps
 
 # %% ../../nbs/03_data.files.ipynb #240b8592
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-OWNERS = "client_train"  # the array that data with natural clients have besides: whose each training sample is
+OWNERS = "client_train"  # optional array: the natural client (writer, hospital, …) of each training sample
 Arrays = dict[str, np.ndarray]  # by the names in KEYS, perhaps OWNERS
 EMBEDDED = Path(str(files("fsl_sage") / "embedded"))
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-PLUGIN = "plug-in:"  # how the place of a data set begins that a plug-in makes
+PLUGIN = "plug-in:"  # the path of a plug-in's data set begins with this
 
 
 def _remedy(path: Path) -> str:
@@ -65,7 +65,7 @@ def check_unpacked(
     size: int,  # bytes that a header announces
     packed: int,  # bytes of the file
 ) -> None:
-    "`ValueError` if a file would unpack to much more than its size lets expect."
+    "`ValueError` if a file would unpack to far more than its own size."
     if size > max(FREE, RATIO * packed):
         raise ValueError(f"{packed} bytes would unpack to {size}, more than {RATIO} times as many")
 
@@ -77,7 +77,7 @@ def npy_bytes(
     archive: zipfile.ZipFile,
     key: str,  # one of KEYS
 ) -> int:
-    "The size of an array by its header; `ValueError` if it is no plain array or does not fill its place."
+    "The size of an array by its header; `ValueError` if it holds Python objects or another number of bytes."
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{key} is packed by a method that NumPy does not write")
@@ -95,7 +95,7 @@ def plain_arrays(
     path: str | Path,  # of an `.npz`
     keys: Sequence[str],  # names of arrays that may be in it
 ) -> Arrays:  # those that are
-    "The arrays of an archive, looked at before they take memory. Many kinds of errors if it is damaged."
+    "The arrays of an archive, whose headers are checked first. A damaged archive raises errors of many kinds."
     packed, arrays = file_size(path), {}
     with zipfile.ZipFile(path) as archive:
         present = [key for key in keys if f"{key}.npy" in archive.namelist()]
@@ -196,7 +196,7 @@ def read_image(
     "One picture as RGB; `ValueError` that names the file if it cannot be read."
     try:
         file_size(path)
-        # Opened by its name, Pillow 13 maps an uncompressed TIFF into memory and turns its rows wrongly.
+        # Given a file's name, Pillow 13 maps an uncompressed TIFF into memory and turns its rows wrongly.
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise ValueError(f"it has {image.width} × {image.height} pixels, more than {PIXELS}")
@@ -222,7 +222,7 @@ def visible(
 def owner_folders(
     folder: Path,  # with train/
 ) -> list[Path]:  # a client each, in alphabetical order; empty: train/ holds classes
-    "The folders of train/, if one of them holds folders in its turn."
+    "The folders of train/, if one of them holds folders."
     inside = [p for p in visible(folder / "train") if p.is_dir()]
     return inside if any(child.is_dir() for p in inside for child in visible(p)) else []
 
@@ -247,7 +247,7 @@ def picture_paths(
         raise broken(folder / split, "holds no picture in <class>/ folders")
     return found
 
-
+# %% ../../nbs/03_data.files.ipynb #cee1d5e7
 def read_image_folder(
     folder: Path,  # with train/<class>/* or train/<client>/<class>/*, and test/<class>/*
     image_size: int | None = None,  # pixels of a side to resize to; None = all must be equal

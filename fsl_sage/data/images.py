@@ -18,7 +18,7 @@ class Images:
 
     x: Tensor  # (n, channel, height, width), uint8; of text (n, L), int32
     y: Tensor  # (n,), int64; of text (n, 2, L), int32: row 0 the next tokens, row 1 the mask of the loss
-    keys: Tensor | None = None  # (n,), int64: who or what a sample is about; None: not known
+    keys: Tensor | None = None  # (n,), int64: a number per natural owner of samples, such as a writer; None: not known
 
     def __len__(self) -> int:
         return len(self.y)
@@ -45,10 +45,10 @@ class Images:
 class Dataset:
     "Training and test images, and the numbers by which their pixels are normalised."
 
-    name: str  # as it was asked for
+    name: str  # of the data set, as in the configuration
     train: Images
     test: Images
     num_classes: int  # labels are 0 … num_classes - 1
     mean: tuple[float, ...]  # of each channel, for pixels from 0 to 1
     std: tuple[float, ...]  # of each channel, for pixels from 0 to 1
-    digest: str = ""  # of all images and labels that were found, before some were chosen
+    digest: str = ""  # SHA-256 of all images and labels that were found, before a subset was taken; empty: not known

@@ -28,7 +28,7 @@ def leaf_files(
 
 
 def _user_data(path: Path) -> dict[str, Any]:  # user → x, y
-    "What a file holds. `ValueError` if it is too large, `KeyError` and others if it is none of LEAF's."
+    "The users of a file. `ValueError` if it is too large; `KeyError` and others if it has another form."
     size = file_size(path)
     if size > LARGEST_JSON:
         raise ValueError(f"it has {size} bytes, at most {LARGEST_JSON} are read: split it into files of fewer users")
@@ -46,7 +46,7 @@ def user_images(
         return np.empty((0, 0, 0), np.uint8), np.empty(0, np.int64)
     side = math.isqrt(x.shape[1]) if x.ndim == 2 else 0
     if x.dtype.kind not in "iuf" or side == 0 or side**2 != x.shape[1] or not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f"x of user {user!r} must be lists of numbers from 0 to 1, a square's pixels each")
+        raise ValueError(f"x of user {user!r} must be lists of numbers from 0 to 1, each the pixels of a square")
     if y.dtype.kind not in "iu" or y.shape != (len(x),):
         raise ValueError(f"y of user {user!r} must be {len(x)} whole numbers, one for each image")
     return np.rint(255 * x).astype(np.uint8).reshape(len(x), side, side), y.astype(np.int64)
@@ -55,7 +55,7 @@ def user_images(
 def read_leaf(
     folder: Path,  # with train/*.json and test/*.json
 ) -> Arrays:
-    "The images of LEAF's files and whose they are. `ValueError` that names the file if one is damaged or too large."
+    "The images of LEAF's files and their users. `ValueError` that names the file if one is damaged or too large."
     arrays, names = {}, []
     for split in ("train", "test"):
         images, labels, users = [], [], []
@@ -63,7 +63,7 @@ def read_leaf(
             try:
                 found = {user: user_images(user, lists) for user, lists in _user_data(path).items()}
             except Exception as error:  # a file may hold anything
-                raise broken(path, f"is none of LEAF's files of images, or damaged ({error!r:.300})") from error
+                raise broken(path, f"is damaged or no file of LEAF's images ({error!r:.300})") from error
             for user, (x, y) in found.items():
                 if len(y):
                     images.append(x), labels.append(y), users.append(np.full(len(y), user, object))

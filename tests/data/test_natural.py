@@ -145,5 +145,5 @@ def test_files_of_leaf_are_bounded_before_they_are_read(tmp_path, monkeypatch):
 def test_files_that_are_none_of_leafs_are_refused_by_name(tmp_path, text):
     leaf(tmp_path / "femnist", {"train": {"f1": 2}, "test": {"f1": 2}})
     (tmp_path / "femnist/train/all_data_0.json").write_text(text)
-    with pytest.raises(ValueError, match=r"all_data_0\.json: is none of LEAF's files of images, or damaged"):
+    with pytest.raises(ValueError, match=r"all_data_0\.json: is damaged or no file of LEAF's images"):
         load("femnist", tmp_path)
