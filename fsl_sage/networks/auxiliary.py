@@ -40,7 +40,7 @@ def _require_fits(fits: bool, size: str, cut: str) -> None:
 
 
 def _resnet_auxiliary(split: SplitModel, size: str, shortcut=projection, init=init_weights) -> nn.Module:
-    "Of `size`, one of RESNET_SIZES, in the channels of `split`'s own server."
+    "A ResNet's auxiliary model of `size` (one of RESNET_SIZES), with as many channels as the server of `split` has."
     if size == "server_copy":
         return init(deepcopy(split.server))
     server: Any = split.server
@@ -60,7 +60,7 @@ def usual_auxiliary(
     split: SplitModel,  # it, cut
     size: str,
 ) -> nn.Module:
-    "Random blocks, as many as are usual."
+    "A decoder's auxiliary model: as many freshly initialised blocks as `usual_blocks` says."
     return decoder_auxiliary(split.server, usual_blocks(name, split.server))
 
 
@@ -104,7 +104,7 @@ def estimate_cut_grad(
     "∂ mean loss(aux(smashed), labels) / ∂ smashed (FSL-SAGE, step 4)."
     smashed = smashed.detach().requires_grad_()
     loss = criterion(aux(smashed), labels)
-    return torch.autograd.grad(loss, smashed, create_graph=create_graph)[0], loss.detach()
+    return torch.autograd.grad(loss, smashed, create_graph=create_graph)[0], loss.detach()  # (1)
 
 
 def true_cut_grad(
@@ -113,12 +113,12 @@ def true_cut_grad(
     labels: Tensor,  # (samples,)
     criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss
 ) -> Tensor:  # cut_grad, as `smashed`
-    "The same with the server's model: the alignment target, one mean over all samples (FSL-SAGE, step 3)."
-    return estimate_cut_grad(server, smashed, labels, criterion=criterion)[0]
+    "The gradient at the cut of the server's mean loss over all samples: the alignment target (FSL-SAGE, step 3)."
+    return estimate_cut_grad(server, smashed, labels, criterion=criterion)[0]  # (2)
 
 # %% ../../nbs/21_networks.auxiliary.ipynb #7ea73dd0
 class _PlainAttention(nn.MultiheadAttention):
-    "Attention as products of matrices: so PyTorch computes it when asked for its weights."
+    "Attention as products of matrices, which PyTorch computes only if the attention weights are asked for."
 
     def forward(self, *args, need_weights: bool = True, **options) -> tuple[Tensor, Tensor | None]:
         attended, weights = super().forward(*args, need_weights=True, **options)  # type: ignore[misc]
@@ -216,15 +216,15 @@ def estimate_error(
     cut_grad: Tensor,  # of the same shape, not all zero
 ) -> tuple[Tensor, Tensor]:  # normalised squared error ≥ 0, cosine in [-1, 1]; scalars on the device
     "How far the estimated gradient at the cut is from the true one."
-    error = (est_cut_grad - cut_grad).square().sum() / cut_grad.square().sum()
-    return error, F.cosine_similarity(est_cut_grad.flatten(), cut_grad.flatten(), dim=0)
+    error = (est_cut_grad - cut_grad).square().sum() / cut_grad.square().sum()  # (4)
+    return error, F.cosine_similarity(est_cut_grad.flatten(), cut_grad.flatten(), dim=0)  # (5)
 
 # %% ../../nbs/21_networks.auxiliary.ipynb #e6e50592
 def joined(
     one: Tensor,  # (samples, …)
     other: Tensor,  # likewise
 ) -> Tensor:  # the samples of both
-    "Both in one tensor; where one kind of texts is shorter, with zeros after them."
+    "Both in one tensor; shorter texts are filled with zeros at their end."
     length = [max(sizes) for sizes in zip(one.shape[1:], other.shape[1:], strict=True)]
 
     def padded(tensor: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class AlignmentBuffer:
         self.max_size = max_size
         self.smashed: Tensor | None = None  # (samples, …)
         self.labels: Tensor | None = None  # (samples,), or (samples, 2, L)
-        self.written = 0  # samples so far, where it matters
+        self.written = 0  # samples so far, in a RingBuffer
 
     def __len__(self) -> int:
         return 0 if self.labels is None else len(self.labels)
@@ -262,9 +262,9 @@ class AlignmentBuffer:
             smashed, labels = joined(self.smashed, smashed), joined(self.labels, labels)
         self.smashed, self.labels = smashed[-self.max_size :], labels[-self.max_size :]
 
-
+# %% ../../nbs/21_networks.auxiliary.ipynb #3b7b552c
 class RingBuffer(AlignmentBuffer):
-    "The same pairs, each in the slot where it was written: new ones go over the oldest (FSL-SAGE, branch llm)."
+    "The newest `max_size` pairs in fixed slots: a new pair overwrites the oldest (FSL-SAGE, branch llm)."
 
     def add(
         self,
@@ -292,7 +292,7 @@ def alignment_pass(
 ) -> Tensor:  # squared error before the step, a detached scalar
     "One step of the auxiliary model towards the server's gradient at the cut (FSL-SAGE, step 3)."
     est_cut_grad, _ = estimate_cut_grad.as_it_stands(aux, smashed, labels, create_graph=True, criterion=criterion)
-    error = (est_cut_grad - cut_grad).square().sum()
+    error = (est_cut_grad - cut_grad).square().sum()  # (6)
     aux.step(error)
     return error.detach()
 
