@@ -177,7 +177,7 @@ def test_frozen_weights_are_those_of_the_server_or_refused(tmp_path):
                 changed.append(i)
             return super().answer(i, question)
 
-    with pytest.raises(ValueError, match=r"frozen weights .* are others here than at the server"):
+    with pytest.raises(ValueError, match=r"frozen weights .* differ from the server"):
         ask_clients(experiment, Changed(experiment, tmp_path), tmp_path / "server")
     assert changed == [0]
 
