@@ -48,7 +48,7 @@ def opened(
     if isinstance(why, str):
         raise MessageError(f"has failed ({printable(why)})")
     if not isinstance(ups, list) or not all(isinstance(up, bytes) for up in ups):
-        raise MessageError(f"{name} has answered with something else than messages")
+        raise MessageError(f"{name} has sent an answer that is not a list of messages")
     return ups
 
 
@@ -56,11 +56,11 @@ def looked_at(
     reply: Any,  # from `replies_to`
     client: int,  # who was asked
 ) -> Answer:
-    "An answer, or what is wrong with it."
+    "The messages in a reply, or what is wrong with it."
     try:
         said = client if isinstance(reply, MessageError) else number_in(reply)
         if said is not None and said != client:
-            raise MessageError(f"its node says that it is client {said}; it is asked as client {client} all the same")
+            raise MessageError(f"its node says that it is client {said}, where the server asked client {client}")
         return reply if isinstance(reply, MessageError) else opened(reply, place_name(client))
     except MessageError as error:
         return error
@@ -101,7 +101,7 @@ def replies_to(
 
 # %% ../../nbs/83_machines.flower.ipynb #c1ac263a
 class Seats:
-    "Which node is which client, where no keys tell: as the nodes say, the first one of each number."
+    "Which node is which client, where there are no keys: the first node that states a number has it."
 
     def __init__(self, n: int):  # clients
         self.n, self.claims, self.seats, self.warned = n, {}, {}, set()  # claims: node → client; seats: client → node
@@ -111,7 +111,7 @@ class Seats:
         node: int,
         client: int | None,  # as it says; None: it does not say
     ) -> None:
-        "Note what a node says."
+        "Note which client a node states to be."
         if client is None or not 0 <= client < self.n:
             log.warning(f"node {node} does not say which client it is")
         else:
@@ -121,7 +121,7 @@ class Seats:
         self,
         here: set[int],  # nodes that are there
     ) -> dict[int, int]:  # client → node
-        "Who sits where now."
+        "Which node is each client now."
         for node, client in self.claims.items():
             holder = self.seats.get(client)
             if node in here and holder not in here:
@@ -135,7 +135,7 @@ class Seats:
 
 # %% ../../nbs/83_machines.flower.ipynb #8c9e374b
 class Silence:
-    "Who has been silent how often, and until when it is not asked."
+    "How often each client or node was silent in a row, and until when the server does not ask it."
 
     def __init__(self) -> None:
         self.times: dict[int, int] = {}
@@ -160,7 +160,7 @@ class Silence:
         who: int,
         now: float,  # rounds or seconds
     ) -> bool:
-        "Whether it is not to be asked now."
+        "Whether the server does not ask it now."
         return now < self.until.get(who, -math.inf)
 
 # %% ../../nbs/83_machines.flower.ipynb #ee322c91
@@ -184,7 +184,7 @@ class GridExchange:
             self._wait()
         answers = {} if self.known else self._meet()
         if start and not self.known:
-            return answers  # who are you? has just been asked
+            return answers  # to the introduction, which `_meet` has just asked for
         here, now = set(self.grid.get_node_ids()), max(question.round for question in questions.values())
         no: dict[int, Answer] = {i: MessageError("is not there") for i in questions if self.nodes.get(i) not in here}
         for i in questions.keys() - no.keys():
