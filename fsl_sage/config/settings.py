@@ -30,7 +30,7 @@ def setting(
     least: float | None = None,  # of a number; None: no bound
     most: float | None = None,  # likewise
     words: str = "",  # the range in words; empty: "at least 1", "a number from 0 to 1"
-    among: Collection[str] = (),  # of a text: what it may be
+    among: Collection[str] = (),  # of a text: the allowed words
 ) -> Any:  # a field of a dataclass
     "A field of an algorithm's settings, with its range."
     bounds = -math.inf if least is None else least, math.inf if most is None else most
@@ -51,7 +51,7 @@ def _check_setting(name: str, value: Any, spec: Field) -> None:
 # %% ../../nbs/23_config.settings.ipynb #0ed8d9d9
 @dataclass(frozen=True)
 class Settings:
-    "An algorithm's own numbers; fields are added by its own class. Answers that differ are methods there."
+    "An algorithm's own numbers. A subclass adds fields, and overrides the methods whose answers differ."
 
     name: str = ""  # of the algorithm, one of `algorithms()`
     label_smooth: float = setting(0.0, 0, 0.999)  # of a language model's loss: part of a target spread over all tokens
@@ -78,15 +78,15 @@ class Settings:
         return False
 
     def in_turn(self, rnd: int) -> bool:
-        "Whether a client waits for the one before, in round `rnd`, where the algorithm's clients otherwise do not."
+        "Whether each client waits for the previous one in round `rnd`, if they otherwise do not wait."
         return False
 
     def needs_all(self) -> str:  # which setting says so; empty: clients may be absent
         "Why no client may be absent."
         return ""
 
-    def unpriced(self) -> str:  # which setting says so; empty: they are as in the algorithm's record
-        "Why costs are not known."
+    def unpriced(self) -> str:  # which setting says so; empty: the algorithm's record has them
+        "Why the algorithm's record cannot give the costs."
         return ""
 
     def images_only(self) -> str:  # empty: it trains language models, too
@@ -94,10 +94,10 @@ class Settings:
         return ""
 
     def between_machines(self) -> None:
-        "Refuse what needs server and clients on one machine."
+        "Refuse settings that need server and clients on one machine."
 
     def follow(self, experiment: "Experiment") -> None:
-        "Give fields of the experiment that follow from others their values."
+        "Set the fields of the experiment that follow from these settings."
 
 # %% ../../nbs/23_config.settings.ipynb #8eb5a866
 def _number(kind: type, value: Any, path: str) -> Any:
@@ -111,7 +111,7 @@ def _number(kind: type, value: Any, path: str) -> Any:
 
 # %% ../../nbs/23_config.settings.ipynb #ca10a171
 def _of_fields(kind: type, value: Any, path: str) -> Any:
-    "`value`, a table or already one, as the dataclass `kind`."
+    "`value`, a table or a `kind`, as the dataclass `kind`."
     if isinstance(value, kind):
         return value
     require(isinstance(value, dict), path, value, "a table of fields")
@@ -133,7 +133,7 @@ def _of_parts(
     value: Any,
     path: str,
 ) -> Any:
-    "`value` as a type that consists of others."
+    "`value` as a type that consists of other types."
     origin, parts = typing.get_origin(kind) or kind, typing.get_args(kind) or (Any, Any)
     if origin is typing.Literal:
         return value if value in parts else one_of(path, value, map(str, parts))
@@ -168,7 +168,7 @@ def build(kind: Any, value: Any, path: str) -> Any:
         return _of_parts(kind, value, path)
     if kind is Any:
         return value
-    require(isinstance(kind, type), path, value, f"left as it is: {kind} is a type whose values cannot be checked")
+    require(isinstance(kind, type), path, value, f"of a type that can be checked, such as int or tuple; {kind} cannot")
     if issubclass(kind, PurePath) and isinstance(value, str):
         return kind(value)
     require(isinstance(value, kind), path, value, f"of type {kind.__name__}")
@@ -213,7 +213,7 @@ def algorithms() -> dict[str, Any]:  # name → an `algorithms.record.Algorithm`
 def record_of(
     experiment: "Experiment",
 ) -> Any:  # an `algorithms.record.Algorithm`
-    "All that there is to say about the experiment's algorithm."
+    "The record of the experiment's algorithm."
     return algorithms()[experiment.algorithm.name]
 
 
@@ -227,7 +227,7 @@ def setting_fields() -> dict[str, tuple[Any, Field]]:  # name → type, field
 
 # %% ../../nbs/23_config.settings.ipynb #7fe3c3aa
 def _of_settings(value: Any, path: str) -> Settings:
-    "`value`, a table or already one, as the settings of the algorithm that it names."
+    "`value`, a table or `Settings`, as the settings of the algorithm that it names."
     if isinstance(value, Settings):
         kind = algorithms()[one_of("algorithm.name", value.name, algorithms())].settings
         require(type(value) is kind, path, value, f"{kind.__name__}, the settings of {value.name!r}")
@@ -247,7 +247,7 @@ def _of_settings(value: Any, path: str) -> Settings:
 
 def settings_of(
     name: str = DEFAULT,  # of the algorithm
-    **changes: object,  # its own fields; those of others are checked and left out
+    **changes: object,  # its own fields; fields of other algorithms are checked and left out
 ) -> Settings:
     "The settings of an algorithm. `ValueError` if a name or a value is unfit."
     return _of_settings({"name": name, **changes}, "algorithm")

@@ -21,7 +21,7 @@ from .gpt2 import decoder_auxiliary as gpt2_auxiliary
 
 # %% ../../nbs/18_networks.decoders.ipynb #cd75eb30
 class Anatomy(NamedTuple):
-    "What is where in a causal language model."
+    "The names of a causal language model's layers below, in and above its list of blocks."
 
     blocks: str  # name of the list of blocks in the decoder
     below: tuple[str, ...]  # the decoder's other layers that run before the first block
@@ -34,18 +34,19 @@ class Anatomy(NamedTuple):
 def list_of_blocks(
     model: Any,  # a causal language model of transformers, or a half of one
 ) -> tuple[str, nn.ModuleList]:  # its name in the decoder
-    "The blocks. `ValueError` if there is no list of them."
+    "Find the list of blocks. `ValueError` if the model has none."
     n, decoder = model.config.get_text_config().num_hidden_layers, model.get_decoder()
     for name, layer in decoder.named_modules():
         if isinstance(layer, nn.ModuleList) and len(layer) == n:
             return name, layer
-    raise ValueError(f"{type(model).__name__} has no list of its {n} blocks: it cannot be cut at one")
+    way_out = "take a model whose decoder keeps its blocks in one ModuleList"
+    raise ValueError(f"{type(model).__name__} has no list of its {n} blocks, so it cannot be cut; {way_out}")
 
 # %% ../../nbs/18_networks.decoders.ipynb #53f6cce3
 def anatomy(
     model: Any,  # a causal language model of transformers; stays as it is
 ) -> Anatomy:
-    "Look at one pass over random tokens, in evaluation."
+    "Run the model once on random tokens and note which layers run before and after its blocks."
     decoder, (name, blocks) = model.get_decoder(), list_of_blocks(model)
     order: list[str] = []
     outputs: list[Any] = []
@@ -67,7 +68,7 @@ def anatomy(
 
 # %% ../../nbs/18_networks.decoders.ipynb #d767570d
 class _Gone(nn.Module):
-    "Stands where a block of the other half was."
+    "Replaces a block of the other half: returns its input."
 
     def __init__(self, gives_tuple: bool):
         super().__init__()
@@ -78,7 +79,7 @@ class _Gone(nn.Module):
 
 
 class _Nothing(nn.Module):
-    "Stands for a layer below the cut, at the server: hands vectors on, and adds 0 where it was given positions."
+    "Replaces a layer below the cut in the server's half: returns the vectors it gets, or 0 if it gets positions."
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -87,7 +88,7 @@ class _Nothing(nn.Module):
 
 
 class _Entry:
-    "Gives smashed data to the block where they enter."
+    "A hook that hands the smashed data to the server's first block."
 
     smashed: Tensor | None = None
 
@@ -110,13 +111,13 @@ def _server_pass(self: Any, smashed: Tensor) -> Tensor:
 
 
 def _become(half: Any, name: str, forward: Any) -> Any:
-    "Let the copy of a model work as a half: its tensors keep their names."
+    "Give the copy of a model the forward pass of a half; its tensors keep their names."
     half.__class__ = type(name, (type(half),), {"forward": forward})
     return half
 
 
 def _keep_blocks(half: Any, first: int, last: int, gives_tuple: bool) -> None:
-    "Keep the blocks from `first` up to `last`, without it; smashed data enter at the first of them."
+    "Keep the blocks `first` … `last - 1`; smashed data enter at the first of them."
     blocks = list_of_blocks(half)[1]
     for j in range(len(blocks)):
         if not first <= j < last:
@@ -126,7 +127,7 @@ def _keep_blocks(half: Any, first: int, last: int, gives_tuple: bool) -> None:
 
 # %% ../../nbs/18_networks.decoders.ipynb #2256e22d
 def _client_half(model: Any, found: Anatomy, blocks: int) -> Any:
-    "The model up to its first blocks; shares their parameters."
+    "The model up to its first `blocks` blocks; shares their parameters."
     half = deepcopy(model, {id(p): p for p in model.parameters()})
     decoder = half.get_decoder()
     decoder.set_submodule(found.blocks, decoder.get_submodule(found.blocks)[:blocks])
@@ -139,7 +140,7 @@ def _client_half(model: Any, found: Anatomy, blocks: int) -> Any:
 
 
 def _server_half(model: Any, found: Anatomy, blocks: int) -> Any:
-    "The model from there on; shares its parameters, but for a head that was tied to the token table."
+    "The model after its first `blocks` blocks; shares their parameters, but copies a head tied to the token table."
     decoder = model.get_decoder()
     below = {id(p) for name in found.below for p in decoder.get_submodule(name).parameters()}
     half = deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in below})
@@ -160,7 +161,7 @@ def cuts_of(
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    "Whether the model is one of transformers', which need not be installed."
+    "Whether the model comes from transformers; works without that library."
     return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
 
 
@@ -168,7 +169,7 @@ def split_causal_lm(
     model: nn.Module,  # a causal language model of transformers; stays as it is
     cut: str,  # the client's last layer: embed, h0, h1, …
 ) -> SplitModel:  # shares the parameters with `model`; a head that is tied to the token table has a copy
-    """Cut any causal language model. `ValueError` if it is none, or the halves do not give what the whole gives.
+    """Cut any causal language model. `ValueError` for another kind of model, or if the halves give other logits.
 
     >>> import torch
     >>> from fsl_sage.networks.decoders import split_causal_lm
@@ -188,7 +189,7 @@ def split_causal_lm(
             same = torch.equal(split(found.tokens), found.logits)
         except Exception as error:  # models differ in more than can be foreseen
             raise ValueError(f"{type(model).__name__} cannot be cut after {cut!r}: {error}") from error
-    require(same, "model.cut", cut, f"a layer after which both halves of {type(model).__name__} give what it gives")
+    require(same, "model.cut", cut, f"a layer where both halves give the logits of the whole {type(model).__name__}")
     return split.train()
 
 # %% ../../nbs/18_networks.decoders.ipynb #764d5e50
@@ -233,7 +234,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 # %% ../../nbs/18_networks.decoders.ipynb #3392ce29
 def _first_blocks(server: Any, blocks: int, start: str) -> nn.Module:
-    "`decoder_auxiliary` of a server's half that `split_causal_lm` has made."
+    "`decoder_auxiliary` for a server's half of `split_causal_lm`."
     there = server.last - server.first
     require(blocks <= there, "model.auxiliary.blocks", blocks, f"at most the {there} blocks of the server")
     aux = deepcopy(server)
@@ -246,7 +247,7 @@ def _first_blocks(server: Any, blocks: int, start: str) -> nn.Module:
 
 @torch.no_grad()
 def _fresh(aux: Any) -> nn.Module:
-    "Everything at random but the head; trained, but what has adapters."
+    "Draw all weights anew except the head's; train all except the head and the layers under adapters."
     head = aux.get_output_embeddings()
     for layer in aux.modules():
         if layer is not head:
@@ -278,7 +279,7 @@ def decoder_auxiliary(
 def count_blocks(
     half: Any,  # the server's half of a decoder, ours or Hugging Face's
 ) -> int:
-    "Blocks that it has."
+    "The number of its blocks."
     return half.last - half.first if is_hugging_face(half) else len(blocks_of(half))
 
 
@@ -287,7 +288,7 @@ def usual_blocks(
     server: nn.Module,  # its half
     asked: int | None = None,  # what the configuration says
 ) -> int:
-    "Blocks of its auxiliary model: those asked for, else as usual, but no more than the server has."
+    "The number of blocks of its auxiliary model: `asked`, or else the usual number, at most those of the server."
     usual = DECODERS[name].auxiliary_blocks if name in DECODERS else 1
     return min(count_blocks(server), usual) if asked is None else asked
 

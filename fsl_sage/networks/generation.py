@@ -28,11 +28,11 @@ def repeating(
 
 # %% ../../nbs/19_networks.generation.ipynb #a2cab822
 class _Beams:
-    "The beginnings of all contexts' outputs."
+    "The open beams of all contexts: their tokens and scores, and the best finished output of each context."
 
     def __init__(
         self,
-        contexts: Sequence[Sequence[int]],  # tokens, at least one each
+        contexts: Sequence[Sequence[int]],  # tokens; at least one per context
         beams: int,
         most: int,  # tokens of an output
         device: torch.device | str,
@@ -50,7 +50,7 @@ class _Beams:
         self.best: list[tuple[float, list[int]]] = [(-math.inf, []) for _ in contexts]
 
     def output(self, row: int) -> list[int]:
-        "What a row has written."
+        "The output of a row so far."
         start = int(self.start[row])
         return self.rows[row, start : start + self.written].tolist()
 
@@ -59,7 +59,7 @@ class _Beams:
         logits: Callable[[Tensor], Tensor],
         no_repeat: int,
     ) -> Tensor:  # (context · beam, V)
-        "Of the next token of each row."
+        "Log-probabilities of the next token of each row."
         last = self.start + self.written - 1
         out = logits(self.rows[:, : int(last.max()) + 1])
         logs = out[torch.arange(len(last), device=last.device), last].float().log_softmax(-1)
@@ -84,7 +84,7 @@ def _collect(
     penalty: float,  # α
     most: int,  # tokens of an output
 ) -> None:
-    "Remember what is finished and best, and close the beams that cannot become better."
+    "Remember the best finished output of each context, and close the beams that cannot reach its score."
     scores = search.scores.view(-1).tolist()
     for row, score in enumerate(scores):
         output, context = search.output(row), row // search.beams
@@ -105,19 +105,19 @@ BEAM = {"beams": 10, "length_penalty": 0.8, "no_repeat": 4}  # LoRA's settings o
 @torch.no_grad()
 def write(
     logits: Callable[[Tensor], Tensor],  # (batch, L) tokens to (batch, L, V): the logits after each
-    contexts: Sequence[Sequence[int]],  # tokens, at least one each
+    contexts: Sequence[Sequence[int]],  # tokens; at least one per context
     ends: Collection[int],  # tokens that end an output
     most: int = 64,  # tokens of an output, at most
     beams: int = 1,  # 1: greedy
     length_penalty: float = 0.8,  # α ≥ 0
     no_repeat: int = 0,  # tokens of a sequence that may not occur twice in an output; 0: any may
     device: torch.device | str = "cpu",
-) -> list[list[int]]:  # a context each: the output, without its end
+) -> list[list[int]]:  # one output per context, without its end mark
     "Continue each context by the most probable text that the search finds. `ValueError` for settings out of range."
     for name, value, least in (("beams", beams, 1), ("most", most, 1), ("no_repeat", no_repeat, 0)):
         require(isinstance(value, int) and value >= least, name, value, f"a whole number, at least {least}")
     require(length_penalty >= 0, "length_penalty", length_penalty, "0 or more")
-    require(len(contexts) > 0 and min(map(len, contexts)) > 0, "contexts", contexts, "a token or more each")
+    require(len(contexts) > 0 and min(map(len, contexts)) > 0, "contexts", contexts, "one or more, none of them empty")
     search = _Beams(contexts, beams, most, device)
     while search.written < most and search.scores.isfinite().any():
         search.grow(search.log_probabilities(logits, no_repeat))
@@ -140,7 +140,7 @@ def answers(
     at_once: int = 128,  # rows of a pass
     **options: int | float,  # as for `write`
 ) -> list[str]:
-    "What the model writes after each context."
+    "The model's output after each context, as text."
     device = next(model.parameters()).device
     tokens = [[*vocabulary.encode(context), vocabulary.end] for context in contexts]
     beams, training = int(options.get("beams", 1)), model.training

@@ -192,7 +192,7 @@ def _stem(in_channels: int, channels: int, kind: str) -> list[tuple[str, nn.Modu
 def init_fan_in(
     module: nn.Module,  # changed in place
 ) -> nn.Module:
-    "Kaiming normal (fan-in) for convolutions and linear weights, as He et al.'s CIFAR networks start."
+    "Kaiming normal (fan-in) for convolutions and linear weights (He et al.'s CIFAR networks)."
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
@@ -295,7 +295,7 @@ MODELS = {
 
 # %% ../../nbs/20_networks.zoo.ipynb #3fcb7001
 def _tried(name: str, whole: nn.Module, at: str, in_channels: int, sides: tuple[int, int]) -> SplitModel:
-    "The network, cut after layer `at`. `ValueError` if two images show that it, or its halves, cannot be used."
+    "The network, cut after layer `at`. `ValueError` if it, or one of its halves, fails on two images."
     who = f"model.name={name!r}"
     require(isinstance(whole, nn.Module), "model.name", name, f"built as a torch.nn.Module, not {type(whole).__name__}")
     odd = [n for n, p in whole.named_parameters() if p.dtype.is_floating_point and p.dtype != torch.get_default_dtype()]
@@ -347,7 +347,7 @@ def split_model(
     whole = network.build(in_channels, num_classes, sides[0], width)
     if one_of("model.norm", norm, NORMS) == "group":
         fits = isinstance(whole, nn.Module) and has_norm(whole, nn.BatchNorm2d)
-        require(fits, "model.norm", norm, f"batch for {name!r}, which has no BatchNorm to replace")
+        require(fits, "model.norm", norm, f"batch for {name!r}: that network has no BatchNorm to replace")
         whole = with_group_norm(whole)
     at = network.cut_layer if cut is None else one_of("model.cut", cut, cut_layers(whole))
     if name in OURS and sides[0] == sides[1]:
@@ -357,7 +357,7 @@ def split_model(
 
 # %% ../../nbs/20_networks.zoo.ipynb #b596d099
 def _split_own(name: str, whole: nn.Module, at: str, vocabulary: int, adapter: Adapter | None) -> SplitModel:
-    "A decoder of a plug-in, cut. `ValueError` if a few tokens show that it cannot be used."
+    "A decoder of a plug-in, cut. `ValueError` if it fails on a few tokens."
     require(isinstance(whole, nn.Module), "model.name", name, f"built as a torch.nn.Module, not {type(whole).__name__}")
     if is_hugging_face(whole):
         if adapter and not has_adapters(whole):
