@@ -64,7 +64,10 @@ def aggregate(
     ledger: Ledger,
     **groups: Sequence[Part],  # parts to exchange by kind, one per client: client_model=state.clients, …
 ) -> None:
-    "Clients send models, the server averages them with weights n_i/n and sends the average back."
+    "Clients send models, the server averages them with weights n_i/n and sends the average back; if it is time."
+    if not state.experiment.algorithm.averages(rnd):
+        state.averaged = []
+        return
     for i in state.present:
         ledger.link(rnd, i).up(**{kind: parts[i] for kind, parts in groups.items()})
     own_cuts = bool(state.experiment.model.cuts)
@@ -230,8 +233,10 @@ def global_model(
 
 def only_global(
     state: State,
-) -> list[nn.Module]:  # one
-    "The models to evaluate where there is one for all."
+) -> list[nn.Module]:  # one, or one per client
+    "The models to evaluate where clients are averaged: one for all; one per client if they are not averaged yet."
+    if not state.averaged and state.experiment.algorithm.differ():
+        return [SplitModel(client.model, server_of(state, i).model) for i, client in enumerate(state.clients)]
     return [global_model(state)]
 
 

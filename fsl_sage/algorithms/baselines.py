@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CENTRALISED', 'FED_AVG', 'EXCHANGE', 'SPLITFED', 'BOTH_CUTS', 'U_SHAPED', 'SPLITFED_SS', 'SPLITFED_MS', 'CSE_FSL',
            'EXCHANGE_AND_MODEL', 'SSL', 'PSL', 'SFL', 'centralised_round', 'FedAvgSettings', 'init_fed_avg',
-           'fed_avg_round', 'exchange_step', 'u_shaped_step', 'splitfed_round', 'UploadSettings', 'cse_fsl_round',
-           'SplitSettings', 'JointSettings', 'ssl_round', 'last_client', 'psl_round', 'sfl_round']
+           'fed_avg_round', 'exchange_step', 'u_shaped_step', 'splitfed_round', 'UploadSettings',
+           'AveragedUploadSettings', 'cse_fsl_round', 'SplitSettings', 'JointSettings', 'SflSettings', 'ssl_round',
+           'last_client', 'psl_round', 'sfl_round']
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #cf6fe3d8
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .base import Metrics, aggregate, arrivals, average, broadcast, each_client
 from .base import one_per_client, whole_step
+from .drift import DriftSettings
 from .record import EACH, IN_STEP, IN_TURN, LOSS, ONCE, Algorithm, RoundCost, every
 from .state import LocalData, State, each_its_own, init_parts, part_options, server_of
 from .optimisers import make_part
@@ -186,12 +188,12 @@ BOTH_CUTS = {"smashed": EACH, "features": EACH}
 U_SHAPED = RoundCost({"client": EACH}, {"exact": EACH}, BOTH_CUTS, BOTH_CUTS, averaged=("client_bytes",))
 SPLITFED_SS = Algorithm(
     "sl_single_server", splitfed_round, "SplitFed-SS", {"color": "#d55e00", "marker": "*", "linestyle": (0, (1, 1))},
-    order=IN_TURN, cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True,
+    settings=DriftSettings, order=IN_TURN, cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True,
 )  # fmt: skip
 SPLITFED_MS = Algorithm(
     "sl_multi_server", splitfed_round, "SplitFed-MS",
-    {"color": "#de8f05", "marker": "p", "linestyle": (0, (3, 1, 1, 1))}, servers_per_client=True, cost=SPLITFED,
-    u_shaped=U_SHAPED, own_cuts=True,
+    {"color": "#de8f05", "marker": "p", "linestyle": (0, (3, 1, 1, 1))}, DriftSettings, servers_per_client=True,
+    cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True,
 )  # fmt: skip
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #653ce196
@@ -200,6 +202,11 @@ class UploadSettings(Settings):
     "Of algorithms that upload some of the smashed data."
 
     server_update_interval: int = setting(5, 1)  # q: local steps between uploads of smashed data
+
+
+@dataclass(frozen=True)
+class AveragedUploadSettings(DriftSettings, UploadSettings):
+    "Of those among them that average client halves."
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #0908d494
 def cse_fsl_round(
@@ -229,8 +236,8 @@ def cse_fsl_round(
 
 
 CSE_FSL = Algorithm(
-    "cse_fsl", cse_fsl_round, "CSE-FSL", {"color": "#2bb7d9", "marker": "d", "linestyle": (0, (5, 1))}, UploadSettings,
-    starts=("client_model", "aux_model"), auxiliary=LOSS, asked_once=True,
+    "cse_fsl", cse_fsl_round, "CSE-FSL", {"color": "#2bb7d9", "marker": "d", "linestyle": (0, (5, 1))},
+    AveragedUploadSettings, starts=("client_model", "aux_model"), auxiliary=LOSS, asked_once=True,
     cost=RoundCost(
         {"with_aux": EACH}, {"server": every("server_update_interval")}, {"smashed": every("server_update_interval")},
         averaged=("client_bytes", "aux_bytes"),
@@ -254,6 +261,11 @@ class JointSettings(SplitSettings):
 
     def images_only(self) -> str:
         return "its joint batch and the shares of its gradient are of samples with one label each"
+
+
+@dataclass(frozen=True)
+class SflSettings(DriftSettings, JointSettings):
+    "PSL's, of an algorithm that averages client halves."
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #2445c47b
 def ssl_round(
@@ -337,5 +349,5 @@ PSL = Algorithm(
 )  # fmt: skip
 SFL = Algorithm(
     "sfl", sfl_round, style={"color": "#000066", "marker": "v", "linestyle": (0, (2, 2))},
-    settings=JointSettings, order=IN_STEP, cost=SPLITFED, presets=SGLR_PRESETS,
+    settings=SflSettings, order=IN_STEP, cost=SPLITFED, presets=SGLR_PRESETS,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from .drift import begin_pulls
 from .fleet import Fleet
 from .state import State
 from ..config.experiment import PLUGGED, Experiment
@@ -77,6 +78,7 @@ def take_part(
     for i in state.present if groups else ():
         if i not in state.previous:
             ledger.link(rnd, i).down(**{kind: parts[i] for kind, parts in groups.items()})
+    begin_pulls(state)
 
 # %% ../../nbs/30_algorithms.participation.ipynb #e3a1a60e
 def require_only_present(

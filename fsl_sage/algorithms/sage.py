@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..networks.auxiliary import AlignmentBuffer, RingBuffer, align, estimate_cut_grad
 from ..networks.auxiliary import gradient_by_batches, look_at_estimate
-from .baselines import UploadSettings
+from .baselines import AveragedUploadSettings
 from .record import EACH, GRADIENT, Algorithm, RoundCost, every
 from ..config.presets import PRESETS
 from ..config.experiment import Experiment
@@ -35,7 +35,7 @@ from ..networks.part import NextToken, server_step
 
 # %% ../../nbs/34_algorithms.sage.ipynb #02a0c02d
 @dataclass(frozen=True)
-class SageSettings(UploadSettings):
+class SageSettings(AveragedUploadSettings):
     "FSL-SAGE's own."
 
     align_interval: int = setting(10, 1)  # l: rounds between alignments
@@ -60,6 +60,7 @@ class SageSettings(UploadSettings):
         return self.aligns(rnd) and not self.align_jointly
 
     def between_machines(self) -> None:
+        super().between_machines()
         fine = "false between machines: the auxiliary models' optimisers would have to move from clients to server"
         require(not self.warm_start, "algorithm.warm_start", True, fine)
         fine = "0 between machines: only the server could tell when to stop"

@@ -42,6 +42,7 @@ class SplitLrSettings(Settings):
     lr_power: float = setting(0.0, 0, 100)  # α: the server's rate is the client's · n_clients**α
 
     def follow(self, experiment: Experiment) -> None:
+        super().follow(experiment)
         model = experiment.model
         optimizer = replace(model.server.optimizer, lr=model.client.optimizer.lr)
         server = type(model.server)(optimizer)

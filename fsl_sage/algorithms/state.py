@@ -410,6 +410,8 @@ def init_parts(
 ) -> dict[str, Any]:  # fields of State
     "Fresh models and optimisers for a server and its clients. `ValueError` if batches and network do not fit."
     model, device = experiment.model, next(data[0].batches(0, 0))[0].device
+    if why := experiment.algorithm.differ():
+        require_no_fleet(len(data), why)
     if model.cuts:
         return _parts_of_own_cuts(experiment, data, servers, auxiliary, device)
     split, aux, trial = _fresh_models(experiment, data, auxiliary, device)

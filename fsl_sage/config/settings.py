@@ -59,6 +59,7 @@ class Settings:
     loss = "cross_entropy"  # of training, one of `networks.part.LOSSES`
     first_round = 0  # -1: one round of another kind before round 0
     variant = ""  # what a legend adds to the algorithm's name
+    held_halves = 0  # models of its half's size that a client keeps beside it
 
     if typing.TYPE_CHECKING:  # an algorithm reads its own fields from `Experiment.algorithm`
 
@@ -76,6 +77,14 @@ class Settings:
     def aligns(self, rnd: int) -> bool:
         "Whether auxiliary models are aligned in round `rnd`."
         return False
+
+    def averages(self, rnd: int) -> bool:
+        "Whether round `rnd` ends with an average of models, where the algorithm has one."
+        return True
+
+    def differ(self) -> str:  # as a phrase; empty: where clients are averaged, all have the same model after a round
+        "Why clients have models of their own after a round."
+        return ""
 
     def in_turn(self, rnd: int) -> bool:
         "Whether each client waits for the previous one in round `rnd`, if they otherwise do not wait."

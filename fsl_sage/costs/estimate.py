@@ -148,7 +148,7 @@ def count(
         made += attendance.round >= 0
         if run.comm_threshold_mb and sent >= run.comm_threshold_mb * 2**20:
             break
-    models = run.num_clients if record_of(run).own_models else 1
+    models = run.num_clients if record_of(run).own_models or run.algorithm.differ() else 1  # at most
     return {
         "training": sum(work.flops + work.server_flops for work in works),
         "alignment": sum(work.alignment_flops for work in works),

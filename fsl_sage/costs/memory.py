@@ -119,7 +119,7 @@ def _forward_step(cost: RoundCost, client: Part, x: Tensor) -> Iterator[None]:
 class ClientMemory(NamedTuple):
     "Bytes that a client holds."
 
-    models: int  # parameters and buffers
+    models: int  # parameters and buffers, and what is kept of the client's half (its start, control variates)
     moments: int  # state of its optimisers
     gradients: int  # of the parameters that it trains
     held: int  # what autograd holds at the end of a forward pass
@@ -191,4 +191,6 @@ def _memory_of_one(state: State, cost: RoundCost, i: int) -> ClientMemory:
         with held_memory(nn.ModuleList([part.model for part in parts])) as held:
             for _ in _client_step(cost, parts[0], above, features, x, y, state.criterion):
                 pass
-        return ClientMemory(*_own_bytes(parts), sum(held.values()), peak, waiting)
+        kept = experiment.algorithm.held_halves * sum(p.nbytes for p in parts[0].model.parameters() if p.requires_grad)
+        models, moments, gradients = _own_bytes(parts)
+        return ClientMemory(models + kept, moments, gradients, sum(held.values()), peak + kept, waiting)

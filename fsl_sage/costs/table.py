@@ -246,7 +246,7 @@ def work_of(
         at_cut = [amount.of(settings, cut) for name, amount in amounts.items() if name not in others]
         return sum(getattr(costs, name) * amount.of(settings, batches) for name, amount in others.items()) + sum(at_cut)
 
-    models = sum(getattr(costs, name) for name in cost.averaged)
+    models = sum(getattr(costs, name) for name in cost.averaged) if settings.averages(rnd) else 0
     cut_up, cut_down = cut_bytes(experiment, costs, batches)
     late = sum(getattr(costs, name) for name in (*cost.averaged, *cost.returning)) if returns else 0
     down = total(cost.down, cut_down) + models + late

@@ -90,6 +90,7 @@ class Part:
     recorder: Recorder | None = field(default=None, compare=False, repr=False)  # of its steps, on a GPU
     fixed: frozenset[str] = frozenset()  # names of parameters that all have from the start and nobody trains
     schedule: StepSchedule | None = None  # moves on with each step of the optimiser
+    correction: Callable[[], None] | None = field(default=None, repr=False)  # changes gradients before each step
 
     def __call__(
         self,
@@ -122,6 +123,8 @@ class Part:
             return
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(gradient)
+        if self.correction is not None:
+            self.correction()
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
@@ -141,9 +144,10 @@ class Part:
 
     @property
     def player(self) -> Recorder | None:
-        "What plays its steps; None where they are done as they stand: layers draw, or each step has its own rate."
+        "What plays its steps; None where they are done as they stand: layers draw, or rate or gradient are changed."
         drawing = self.draws is not None and self.model.training
-        return None if drawing or self.schedule is not None else self.recorder  # a recording holds its rate
+        changed = self.schedule is not None or self.correction is not None  # a recording holds its rate
+        return None if drawing or changed else self.recorder
 
     def forward(
         self,
