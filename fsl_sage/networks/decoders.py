@@ -39,8 +39,7 @@ def list_of_blocks(
     for name, layer in decoder.named_modules():
         if isinstance(layer, nn.ModuleList) and len(layer) == n:
             return name, layer
-    way_out = "take a model whose decoder keeps its blocks in one ModuleList"
-    raise ValueError(f"{type(model).__name__} has no list of its {n} blocks, so it cannot be cut; {way_out}")
+    raise ValueError(f"{type(model).__name__} cannot be cut: its decoder must keep its {n} blocks in one ModuleList")
 
 # %% ../../nbs/18_networks.decoders.ipynb #53f6cce3
 def anatomy(
