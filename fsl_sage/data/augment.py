@@ -42,7 +42,7 @@ def apply_augmentation(
     dx: Tensor,  # (batch,), int64, 0 to 2·padding
     padding: int = 4,  # pixels of zeros on each side
 ) -> Tensor:  # shaped like x
-    "Flip, pad and crop each image by its own draw, as torchvision's RandomHorizontalFlip, then RandomCrop would."
+    "Flip, pad and crop each image by its own draw, as torchvision's RandomHorizontalFlip and RandomCrop do."
     n, c, h, w = x.shape
     x = F.pad(x, (padding, padding, padding, padding))
     wide, tall = w + 2 * padding, h + 2 * padding

@@ -50,7 +50,7 @@ def epoch_order(
 class ClientData:
     "A client's images and the batches it trains on; `len()` is the number of its samples."
 
-    images: Images  # its own, at least one
+    images: Images  # the client's own, at least one
     mean: Sequence[float] | Tensor  # of each channel, for pixels from 0 to 1
     std: Sequence[float] | Tensor  # of each channel, for pixels from 0 to 1
     num_classes: int  # of the whole data set, not only of the labels this client has
@@ -78,11 +78,11 @@ class ClientData:
         rnd: int,  # round, from 0; -1 is a warm start
         epoch: int = 0,  # local epoch, from 0
     ) -> Iterator[tuple[Tensor, Tensor]]:  # (batch, channel, height, width) float32, (batch,) int64; or as `trimmed`
-        "All samples once, in a random order of their own for each round and epoch; the last batch may be short."
+        "All samples once, in another random order in each round and epoch; the last batch may be short."
         device, of_all = self.images.x.device, (self.client, rnd, epoch)
         order = epoch_order(len(self), self.seed, *of_all).to(device, non_blocking=True)
         x, y = self.images.x[order], self.images.y[order]
-        if self.augment and not self.images.is_text:  # the whole pass at once: each operation costs, not its size
+        if self.augment and not self.images.is_text:  # the whole epoch at once, since each operation's start costs most
             x = augment(x, generator(self.seed, "augment", *of_all))
         for pixels, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
             yield trimmed(pixels, labels) if self.images.is_text else (normalise(pixels, self.mean, self.std), labels)

@@ -36,7 +36,7 @@ VALUES = {
 def picker(
     seed: int | str,
 ) -> Pick:
-    "A function that chooses one of several, in a seeded order."
+    "A function that chooses one of several at random, by the seed alone."
     rng = random.Random(seed)
     return lambda options: options[int(rng.random() * len(options))]
 
@@ -66,7 +66,7 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
              "city centre": ("in the city centre", "in the centre of the city")},
     "family friendly": {"yes": ("it is family-friendly", "children are welcome", "it welcomes families"),
                         "no": ("it is not family-friendly", "it is for adults only", "children are not welcome")},
-}  # attribute → value → what may be written  # fmt: skip
+}  # attribute → value → its wordings  # fmt: skip
 CLAUSES: dict[str, tuple[str, ...]] = {
     "food": ("it serves {} food", "the kitchen is {}", "{} dishes are on the menu"),
     "price": ("prices are {}", "it is in the {} price range"),
@@ -95,7 +95,7 @@ def clause(
 
 # %% ../../nbs/06_data.grammar.ipynb #0fa5c4bb
 def opening(
-    meaning: dict[str, str],  # what it says is taken out
+    meaning: dict[str, str],  # changed: `opening` removes the attributes that it uses
     pick: Pick,
 ) -> str:
     "The first sentence."
@@ -117,7 +117,7 @@ def describe(
     meaning: dict[str, str],  # as from `draw_meaning`
     pick: Pick,
 ) -> str:
-    "Sentences that say all of a meaning representation, and nothing else."
+    "Sentences that state each attribute of a meaning representation once, and no other fact."
     left = dict(meaning)
     text, clauses = opening(left, pick), []
     while left:

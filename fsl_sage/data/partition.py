@@ -25,7 +25,7 @@ def share_sizes(
     spread: float,  # deviation of the logarithm of the shares; 0: equal shares
     seed: int,  # of the partition
 ) -> list[int]:  # of each client
-    "How many samples each client gets; with a spread even numbers from 2 on. `ValueError` if they do not suffice."
+    "How many samples each client gets; with a spread even numbers from 2 on. `ValueError` if `n` is too small."
     if spread == 0:
         return [n // num_clients] * num_clients
     require(2 * num_clients <= n, "num_clients", num_clients, f"at most {n // 2} with dataset.size_spread={spread}")
@@ -38,7 +38,7 @@ def iid_parts(
     labels: np.ndarray,  # (N,)
     sizes: list[int],  # of each client, from `share_sizes`
     rng: np.random.Generator,
-) -> list[np.ndarray]:  # a client each: positions in `labels`
+) -> list[np.ndarray]:  # per client: positions in `labels`
     "Random shares of these sizes."
     return np.split(rng.permutation(len(labels)), np.cumsum(sizes))[:-1]
 
@@ -74,12 +74,12 @@ def draw_classes(
     stock: np.ndarray,  # (classes,), samples left of each class, int64
     n: int,  # draws, at most stock.sum()
 ) -> np.ndarray:  # (n,), classes
-    "Classes of `n` samples drawn one by one without replacement from `stock`, class by class probability."
+    "Classes of `n` samples, drawn one by one from `stock` without replacement, by the client's proportions."
     drawn, stock = np.empty(0, np.int64), stock.copy()
     while len(drawn) < n:
         p = proportions * (stock > 0)
         p = p if p.max() > 0 else stock.astype(float)
-        p = p / p.max()  # first to 1, for the sake of denormal numbers
+        p = p / p.max()  # the largest becomes 1: a sum of denormal numbers would lose digits
         block = rng.choice(len(stock), size=n - len(drawn), p=p / p.sum())
         empties = np.flatnonzero((stock > 0) & (np.bincount(block, minlength=len(stock)) >= stock))
         end = min((np.flatnonzero(block == c)[stock[c] - 1] + 1 for c in empties), default=len(block))
@@ -93,7 +93,7 @@ def dirichlet_parts(
     sizes: list[int],  # of each client, from `share_sizes`
     rng: np.random.Generator,
     alpha: float,  # α > 0; small = clients differ much
-) -> list[np.ndarray]:  # a client each: positions in `labels`
+) -> list[np.ndarray]:  # per client: positions in `labels`
     "Shares in class proportions drawn from Dir(α·1), a class that runs out dropped (FSL-SAGE's 'equal split')."
     labels = np.unique(labels, return_inverse=True)[1]
     stock = np.bincount(labels)
@@ -128,7 +128,7 @@ def key_parts(
 
 # %% ../../nbs/10_data.partition.ipynb #c7bc23f3
 def natural_parts(
-    keys: np.ndarray,  # (N,), whose each sample is
+    keys: np.ndarray,  # (N,), the owner of each sample
     num_clients: int,  # m, at most as many as there are keys
     rng: np.random.Generator,
 ) -> list[np.ndarray]:  # a client each: positions in `keys`
@@ -167,7 +167,7 @@ DISTRIBUTIONS = ("iid", "noniid", "noniid_dirichlet", "balanced", "by_length", "
 
 
 def is_count(
-    value: object,  # whatever the user gave
+    value: object,  # of any type
     top: int,
 ) -> bool:
     "Whether `value` is a whole number from 1 to `top`."
@@ -177,7 +177,7 @@ def is_count(
 def balanced_share(
     labels: np.ndarray,  # (N,)
     num_clients: int,
-    samples_per_client: int | None,  # as asked; None = as many as there are
+    samples_per_client: int | None,  # the user's choice; None = as many as possible
 ) -> int:  # samples per class and client
     "What each client gets of each class; `ValueError` if there are too few."
     counts = np.bincount(labels)
@@ -200,7 +200,7 @@ def partition(
     shard_num: int = 2,  # noniid: shards per client, ≥ 1
     samples_per_client: int | None = None,  # balanced: a multiple of the number of classes; None = as many as there are
     size_spread: float = 0.0,  # iid, noniid_dirichlet: deviation of the logarithm of the shares; 0: equal shares
-) -> list[Tensor]:  # a client each: positions in `labels`, int64, on the CPU
+) -> list[Tensor]:  # per client: positions in `labels`, int64, on the CPU
     """Share samples out among clients: disjoint parts, of equal size without `size_spread` or keys, by the seed alone.
 
     Each client gets ⌊N/m⌋ samples (noniid: `shard_num` shards of ⌊N/(shard_num·m)⌋ each); the remainder is not used.
@@ -239,7 +239,7 @@ def partition(
 # %% ../../nbs/10_data.partition.ipynb #4b8c6bfc
 def labels_per_client(
     labels: Tensor,  # (N,), int64
-    parts: Sequence[Tensor],  # a client each: positions in `labels`
+    parts: Sequence[Tensor],  # per client: positions in `labels`
     num_classes: int,  # columns
 ) -> Tensor:  # (client, class), int64
     "How many samples of each class each client has."

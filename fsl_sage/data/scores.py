@@ -48,7 +48,7 @@ def matches(
     references: Sequence[Words],
     n: int,
 ) -> Counter[tuple[str, ...]]:
-    "The sentence's n-grams that a reference has, each at most as often as there."
+    "The sentence's n-grams that occur in a reference, each at most as often as in one reference."
     allowed: Counter[tuple[str, ...]] = Counter()
     for reference in references:
         allowed |= Counter(ngrams(reference, n))
@@ -56,8 +56,8 @@ def matches(
 
 
 def bleu(
-    written: Sequence[Words],  # a sentence each
-    references: Sequence[Sequence[Words]],  # of each, at least one
+    written: Sequence[Words],  # the model's sentences
+    references: Sequence[Sequence[Words]],  # per sentence at least one
 ) -> float:  # from 0 to 1
     "Corpus BLEU-4 without smoothing (Papineni et al., 2002)."
     logs, ours = 0.0, sum(map(len, written))
@@ -73,8 +73,8 @@ def bleu(
 
 # %% ../../nbs/07_data.scores.ipynb #c0c85501
 def nist(
-    written: Sequence[Words],  # a sentence each
-    references: Sequence[Sequence[Words]],  # of each, at least one
+    written: Sequence[Words],  # the model's sentences
+    references: Sequence[Sequence[Words]],  # per sentence at least one
     order: int = 5,  # the longest n-grams
 ) -> float:  # 0 or more
     "Corpus NIST (Doddington, 2002), as the program `mteval` counts it."
@@ -105,8 +105,8 @@ def common(
 
 
 def rouge_l(
-    written: Sequence[Words],  # a sentence each
-    references: Sequence[Sequence[Words]],  # of each, at least one
+    written: Sequence[Words],  # the model's sentences
+    references: Sequence[Sequence[Words]],  # per sentence at least one
     beta: float = 1.2,  # weight of the recall
 ) -> float:  # from 0 to 1
     "Mean ROUGE-L (Lin, 2004), as the COCO captions' program counts it."
@@ -125,15 +125,15 @@ def _vector(words: Words, n: int, rarity: dict[tuple[str, ...], float], rarest: 
 
 
 def _cosine(one: dict[tuple[str, ...], float], other: dict[tuple[str, ...], float]) -> float:
-    "Clipped: an entry of `one` counts at most as much as in `other`."
+    "The cosine of two vectors, where an entry of `one` counts at most as much as in `other`."
     norms = math.sqrt(sum(v * v for v in one.values()) * sum(v * v for v in other.values()))
     shared = sum(min(value, other[gram]) * other[gram] for gram, value in one.items() if gram in other)
     return shared / norms if norms else 0.0
 
 
 def cider(
-    written: Sequence[Words],  # a sentence each
-    references: Sequence[Sequence[Words]],  # of each, at least one
+    written: Sequence[Words],  # the model's sentences
+    references: Sequence[Sequence[Words]],  # per sentence at least one
 ) -> float:  # from 0 to 10
     "Mean CIDEr (Vedantam et al., 2015), with the clipping and the penalty of the COCO captions' program."
     score, rarest = 0.0, math.log(len(written))
@@ -152,8 +152,8 @@ SCORES = {"bleu": bleu, "nist": nist, "rouge_l": rouge_l, "cider": cider}
 
 
 def scores(
-    written: Sequence[str],  # a text each
-    references: Sequence[Sequence[str]],  # of each, at least one
+    written: Sequence[str],  # the model's texts
+    references: Sequence[Sequence[str]],  # per text at least one
 ) -> dict[str, float]:  # by the names in SCORES
     "All scores of texts. `ValueError` unless each text has a reference."
     ok = 0 < len(written) == len(references) and all(references)

@@ -38,18 +38,18 @@ from .text import LENGTH, TextDataset, Texts, key_numbers, read_texts, text_file
 from .vocabulary import Vocabulary, vocabulary_of
 
 # %% ../../nbs/08_data.sources.ipynb #3e9e1e4a
-HALF = (0.5,)  # without better knowledge pixels are brought from [0, 1] to [-1, 1]
+HALF = (0.5,)  # for unknown data sets: moves pixels from [0, 1] to [-1, 1]
 
 
 @dataclass(frozen=True)
 class Known:
-    "What is known beforehand about a data set."
+    "What a data set needs beside its files."
 
     num_classes: int | None = None  # None = as many as there are labels
     mean: tuple[float, ...] = HALF  # one number serves all channels
     std: tuple[float, ...] = HALF
     channels: int | None = None  # None = as many as the images have
-    place: Path | None = None  # where else it may be
+    place: Path | None = None  # where it may be outside the user's folders
 
 
 PAPER: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "channels": 3}
@@ -112,7 +112,7 @@ def read_cifar(
 # %% ../../nbs/08_data.sources.ipynb #1da6dde3
 FETCH_ERRORS = (OSError, HTTPException)  # no network, server in trouble, time-out, checksum differs
 PATIENCE = 15  # seconds without a byte
-SLOWEST = 1000  # bytes a second on average, after PATIENCE
+SLOWEST = 1000  # bytes per second on average, after PATIENCE
 LARGEST = 2**28  # bytes of a download; CIFAR-10 has 1.7e8
 
 
@@ -121,7 +121,7 @@ def download(
     path: Path,  # the file to write
     md5: str,  # checksum, hexadecimal
 ) -> None:
-    "Download one file; one of FETCH_ERRORS if the server is mute, slow or endless, or the checksum differs."
+    "Download one file; one of FETCH_ERRORS if the server is silent or slow, sends too much, or the checksum differs."
     request = Request(url, headers={"User-Agent": "fsl_sage"})
     digest, size, start = hashlib.md5(usedforsecurity=False), 0, time.monotonic()
     with urlopen(request, timeout=PATIENCE) as answer, open(path, "wb") as file:
@@ -135,11 +135,11 @@ def download(
                 if size > LARGEST:
                     raise OSError(f"the answer is longer than {LARGEST} bytes")
                 if time.monotonic() - start > PATIENCE + size / SLOWEST:
-                    raise OSError(f"the answer comes more slowly than {SLOWEST} bytes a second")
+                    raise OSError(f"the answer comes more slowly than {SLOWEST} bytes per second")
     if digest.hexdigest() != md5:
         raise OSError(f"the checksum differs: {size} bytes with MD5 {digest.hexdigest()}, not {md5}")
 
-
+# %% ../../nbs/08_data.sources.ipynb #92d83a1f
 def fetch(
     urls: Sequence[str],  # of the same file on several servers
     folder: Path,  # where the file goes
@@ -298,7 +298,7 @@ def find_arrays(
 def digest_of(
     arrays: Arrays | Texts,  # from `checked_arrays`
 ) -> str:  # SHA-256, hexadecimal
-    "What tells these images and labels from others: dtype, shape and bytes of each array. Of texts, all pairs."
+    "The digest that identifies a data set: of dtype, shape and bytes of each array; of texts, of all pairs."
     if isinstance(arrays, Texts):
         return arrays.digest
     sha = hashlib.sha256()
@@ -315,7 +315,7 @@ def checked_arrays(
     download: bool = True,  # whether the network may be used as the last resort
     image_size: int | None = None,  # only for folders of pictures
 ) -> tuple[Arrays | Texts, Path]:  # in one form, as `check_arrays` gives them; where they were found
-    "`find_arrays`, checked. Warns of a file that hides embedded data."
+    "`find_arrays`, checked. Warns if a user's file is used in the place of embedded data."
     arrays, path = find_arrays(name, root, download, image_size)
     known = KNOWN.get(name, Known())
     if known.place and known.place.parent == EMBEDDED and path != known.place:
@@ -331,7 +331,7 @@ def as_images(
     limit: int | None,  # how many images to keep; None = all
     split: str,  # train or test
     seed: int,  # of the random choice
-    keys: np.ndarray | None = None,  # (n,), int64: who or what each is about
+    keys: np.ndarray | None = None,  # (n,), int64: the natural owner of each sample
 ) -> Images:
     "Tensors of one split, cut down to a random choice of `limit` images; `ValueError` if there are fewer."
     ok = limit is None or (isinstance(limit, int) and 1 <= limit <= len(y))
@@ -362,9 +362,9 @@ def as_tokens(
 
 # %% ../../nbs/08_data.sources.ipynb #0c1f9279
 def load(
-    name: str = "fmnist_mini",  # one of KNOWN, or your own below `root`
+    name: str = "fmnist_mini",  # one of KNOWN, or the name of a file or folder in `root`
     root: str | Path | None = None,  # where data sets are; None = FSL_SAGE_DATA, else the user's cache folder
-    device: str | torch.device = "cpu",  # where the images shall be
+    device: str | torch.device = "cpu",  # where the images are put
     download: bool = True,  # whether the network may be used as the last resort
     max_train: int | None = None,  # keep this many training images, chosen at random; None = all
     max_test: int | None = None,  # keep this many test images, chosen at random; None = all
@@ -405,7 +405,7 @@ def load(
 
 # %% ../../nbs/08_data.sources.ipynb #1a63bd32
 def class_balanced_part(
-    images: Images,  # of at least `per_class` a class
+    images: Images,  # at least `per_class` per class
     per_class: int,  # images of each class
     seed: int = 0,  # of the random choice
 ) -> Images:  # in the order of `images`

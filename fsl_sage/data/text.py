@@ -30,8 +30,8 @@ class Pair(NamedTuple):
     "A sample of text."
 
     context: str  # what the model is given; may be empty
-    completion: str  # what it shall write
-    key: str = ""  # who or what it is about; empty: not known
+    completion: str  # what the model should write
+    key: str = ""  # its speaker, restaurant or author; empty: not known
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Texts:
 
     @property
     def digest(self) -> str:  # SHA-256, hexadecimal
-        "What tells these texts from others."
+        "A checksum of all pairs, which identifies the data set."
         sha = hashlib.sha256(f"plain {self.plain}\n".encode())
         for split in (self.train, self.test):
             sha.update(json.dumps(split, ensure_ascii=True).encode() + b"\n")
@@ -53,8 +53,8 @@ class Texts:
 
 def references(
     pairs: Iterable[Pair],  # in any order
-) -> dict[str, list[str]]:  # context → its completions, both in the order of their coming
-    "All that may be written for each context."
+) -> dict[str, list[str]]:  # context → its completions, both in their first order
+    "All completions of each context."
     found: dict[str, list[str]] = {}
     for pair in pairs:
         found.setdefault(pair.context, []).append(pair.completion)
@@ -112,7 +112,7 @@ def csv_pairs(
     try:
         for row in rows:
             if len(row) != 2:
-                raise ValueError(f"{len(row)} columns in the place of 2")
+                raise ValueError(f"it has {len(row)} columns, it must have 2: mr,ref")
             context = with_bars(row[0])
             yield Pair(context, row[1].strip(), name_in(context))
     except (ValueError, csv.Error) as error:
@@ -224,7 +224,7 @@ def packed(
     tokens: Iterable[Sequence[int]],  # of each paragraph, with its end mark
     seq_len: int,  # L
 ) -> Iterator[np.ndarray]:  # (3, at most L), int32: input, target, mask
-    "Running text in samples of `seq_len` tokens. Each predicts the first token of the next one, too."
+    "Running text in samples of `seq_len` tokens. The last target of each is the first token of the next."
     kept: list[int] = []
     for paragraph in tokens:
         kept.extend(paragraph)
@@ -267,7 +267,7 @@ def token_arrays(
         size = sum(len(pair.context) + len(pair.completion) for pair in pairs)
         arrays[f"x_{split}"], arrays[f"y_{split}"] = stacked(samples, size)
         some = bool(arrays[f"y_{split}"][:, 1].any())
-        require(some, "dataset.seq_len", seq_len, f"so large that something of a {split} completion is left")
+        require(some, "dataset.seq_len", seq_len, f"so large that at least one token of a {split} completion is left")
     return arrays
 
 # %% ../../nbs/05_data.text.ipynb #e409abe8
@@ -287,5 +287,5 @@ def key_numbers(
 class TextDataset(Dataset):
     "Training and test texts as tokens; `num_classes` is the size of the vocabulary, `mean` and `std` are empty."
 
-    vocabulary: Vocabulary | None = None  # None: it came as tokens, and what they mean is not known
+    vocabulary: Vocabulary | None = None  # None: the data came as tokens, without a vocabulary
     texts: Texts | None = None  # all that were found, before some were chosen; None: likewise

@@ -24,11 +24,11 @@ from ..core import one_of, require
 from .files import broken, file_size
 
 # %% ../../nbs/04_data.vocabulary.ipynb #021e75db
-PAD = 0  # the token that fills up a text at its right
+PAD = 0  # the token that fills up a short text on the right
 
 
 class Vocabulary(Protocol):
-    "Which piece of text each token is."
+    "Which piece of text each token stands for."
 
     @property
     def size(self) -> int: ...  # tokens are 0 … size - 1
@@ -89,7 +89,7 @@ class Words:
         return [self.tokens.get(word, SPECIAL.index("<unk>")) for word in words_of(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        "Words with blanks between them, punctuation close to the word before it."
+        "Words with blanks between them, but none before a punctuation mark."
         words = [self.words[token] for token in until_end(tokens, self.end) if token != PAD]
         return re.sub(r"(?<=£) | (?=[,.;:!?)])", "", " ".join(words))
 
@@ -227,7 +227,7 @@ def vocabulary_of(
     texts: Iterable[str],  # of the training set
     root: Path,  # the data root
 ) -> Vocabulary:
-    "The vocabulary called `name`. `ValueError` if a plug-in has made something else."
+    "The vocabulary called `name`. `ValueError` if a plug-in's function returns something else."
     found = VOCABULARIES[one_of("dataset.vocabulary", name, VOCABULARIES)](texts, root)
     missing = [part for part in ("size", "end", "encode", "decode") if not hasattr(found, part)]
     require(not missing, "dataset.vocabulary", name, f"a vocabulary with size, end, encode and decode (no {missing})")
