@@ -62,7 +62,7 @@ def controls(
     alpha: float | None = None,  # as for `comparison_run`
     **changes: Any,  # fields by dotted name
 ) -> list[Experiment]:  # frozen client, fixed auxiliary, true gradient
-    "The runs between which every method of FSL-SAGE's figures should lie. `ValueError` for an unknown size or field."
+    "The floor and the ceiling for the methods of FSL-SAGE's figures. `ValueError` for an unknown size or field."
     known = size == "published" or one_of("preset", size, SIZES)
     small = known and size not in ("paper", "published")
     return [comparison_run(size, name, alpha, **changes) for name in CONTROLS if small]
@@ -74,7 +74,7 @@ def comparison_runs(
     alpha: float,  # of the Dirichlet partition beside the IID one
     **changes: Any,  # fields by dotted name
 ) -> list[Experiment]:  # methods, then controls, then centralised; each seed by seed
-    "The whole comparison: every method on both partitions, and between what it should lie."
+    "The whole comparison: every method on both partitions, the controls, and centralised training."
     places = [(seed, place) for seed in seeds for place in (None, alpha)]
     runs = [comparison_run(size, name, place, seed=seed, **changes) for seed, place in places for name in METHODS]
     runs += [run for seed, place in places for run in controls(size, place, seed=seed, **changes)]
@@ -289,7 +289,7 @@ DEPTHS = {"smoke": ("h0", "h1", "h2"), "quick": ("h0", "h1", "h2"), "paper": ("h
 def language_base(
     size: str,  # smoke, quick or paper
 ) -> Experiment | None:  # None: pretrained weights are found like data
-    "The run that trains the base of `adapted_run`: one, of the usual seed, for all."
+    "The run that trains the base: all runs of `adapted_run` begin with the same one, of the usual seed."
     return None if size == "paper" else language_run(size, "centralised", **BASE[size])
 
 

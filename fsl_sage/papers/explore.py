@@ -42,7 +42,7 @@ def client_costs(
         with CountFlops() as counter, held_memory(module) as held:
             module(x)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        message = f"input_shape={tuple(x.shape[1:])}: the network cannot be run on it without computing ({error})"
+        message = f"input_shape={tuple(x.shape[1:])}: the network cannot be run on it without numbers ({error})"
         raise ValueError(message) from error
     finally:
         for handle in handles:
@@ -51,12 +51,12 @@ def client_costs(
 
 # %% ../../nbs/69_papers.explore.ipynb #38afbfe3
 def bytes_per_round(
-    experiment: Experiment,  # clients, rounds, batch size, epochs; the algorithms' settings where they have such
+    experiment: Experiment,  # clients, rounds, batch size, epochs; settings of its algorithm
     samples: int,  # m, of each client
-    smashed: float,  # z, bytes of one sample's
-    client: float,  # C, bytes of its model
-    server: float,  # S, bytes of its model
-    aux: float,  # A, bytes of its model
+    smashed: float,  # z, bytes of one sample's smashed data
+    client: float,  # C, bytes of the client's model
+    server: float,  # S, bytes of the server's model
+    aux: float,  # A, bytes of the auxiliary model
 ) -> dict[str, float]:  # by algorithm, of all clients together, mean over the rounds
     "What a round of each algorithm sends (convention `paper`)."
     costs = Costs(smashed=smashed, client_bytes=client, server_bytes=server, aux_bytes=aux)
@@ -76,7 +76,7 @@ def words_of(
     cut: str,  # a layer's name
     aux_mb: float,  # MiB of the auxiliary model; 0: none is asked for
 ) -> str:
-    "What `fsl-sage` must be told to train a network that is cut there, besides the network's name."
+    "The words that make `fsl-sage` train a network with this cut; the network's name comes in addition."
     aux = f" model.auxiliary.size={FIRST_LAYERS} model.auxiliary.budget_mb={aux_mb:g}" if aux_mb else ""
     return f"model.cut={cut}{aux}"
 
@@ -87,7 +87,7 @@ def explore(
     experiment: Experiment = Experiment(),  # noqa: B008 (it is frozen); clients, batch size, epochs, q and l
     samples: int = 5000,  # of each client
     aux_mb: float = 8.0,  # MiB of the auxiliary model, as the budget of `auxiliary_for`
-) -> pd.DataFrame:  # a row a cut: parameters of both halves, `client_costs`, `bytes_per_round`, `words_of`
+) -> pd.DataFrame:  # a row per cut: parameters of both halves, `client_costs`, `bytes_per_round`, `words_of`
     "What each cut costs. `ValueError` if there is none, or the network does not take the shape."
     require(isinstance(module, nn.Module), "module", module, "a torch.nn.Module")
     require(isinstance(samples, int) and samples >= 1, "samples", samples, "a whole number, at least 1")
@@ -120,9 +120,9 @@ def in_words(
 # %% ../../nbs/69_papers.explore.ipynb #3a792edc
 def plot_cuts(
     table: pd.DataFrame,  # from `explore`
-    chosen: str | None = None,  # a cut to point out, with its numbers; None: none
+    chosen: str | None = None,  # a cut to mark, with its numbers in the title; None: none
 ) -> Figure:
-    "Four bars and a set of curves over all cuts. `ValueError` if `chosen` is none of them."
+    "Four panels of bars and one of curves, over all cuts. `ValueError` if `chosen` is none of them."
     require(len(table) > 0, "table", len(table), "a table with at least one cut")
     if chosen is not None:
         one_of("chosen", chosen, table.index)

@@ -56,7 +56,7 @@ def to_target(
 def by_method(
     summary: pd.DataFrame,  # from `to_target`
 ) -> pd.DataFrame:  # a row per method, in their order
-    "Means over the seeds; a method that misses the target with any of them has none."
+    "Means over the seeds; a method that misses the target with any seed has no mean seconds to it."
     return summary.groupby("label", sort=False).agg(lambda values: values.mean(skipna=False)).drop(columns="seed")
 
 # %% ../../nbs/66_papers.latency.ipynb #2d463734
@@ -64,7 +64,7 @@ def seconds_to_target(
     methods: pd.DataFrame,  # from `by_method`
     rate: float = RATE,  # bytes per second
     slower: float = 1.0,  # c
-) -> pd.Series:  # by method; none for those that never reach it
+) -> pd.Series:  # by method; NaN: it never reaches the target
     "How long each method takes to the target on that link and with those machines."
     return latency(methods.compute_to_target, methods.transfer_to_target * RATE, rate, slower)
 
@@ -95,7 +95,7 @@ def latency_bars(
     sending: pd.Series,  # seconds by method
     xlabel: str,
 ) -> None:
-    "A bar per method, the first on top."
+    "A bar per method, the first method on top."
     shades = {"computing": "0.35", "sending": "0.8"}
     table = pd.DataFrame({"computing": computing, "sending": sending})
     table.plot.barh(stacked=True, ax=ax, color=shades, edgecolor="black", linewidth=0.5, width=0.7, legend=False)
@@ -111,7 +111,7 @@ def plot_what_if(
     rate: float = RATE,  # bytes per second
     slower: float = 1.0,  # c
 ) -> Figure:
-    "Seconds to the target on one link with one kind of machine, and who is first."
+    "Seconds to the target on one link with one kind of machine; the title names the fastest method."
     figure, (ax,) = new_figure(height=2.2)
     sending = latency(0.0 * methods.compute_to_target, methods.transfer_to_target * RATE, rate)
     latency_bars(ax, slower * methods.compute_to_target, sending, "seconds to the target")

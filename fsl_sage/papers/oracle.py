@@ -58,7 +58,7 @@ def formula_data(
     image_size: int,  # height and width, pixels
     batch_size: int,
     seed: int,  # 10 + client, 99 for the test set
-    device: str | torch.device = "cpu",  # where they shall be
+    device: str | torch.device = "cpu",  # where the tensors are put
 ) -> FixedData:  # x (n, 3, image_size, image_size); y (n,), 0 … 9
     "Random images and labels by formula, in float64."
     x = np.random.RandomState(seed).standard_normal((n, 3, image_size, image_size))
@@ -69,7 +69,7 @@ def formula_data(
 def fingerprint(
     tensor: Tensor,
 ) -> list[float]:  # [Σ f_j, Σ f_j², Σ f_j cos(j/10)] over the flattened tensor
-    "Three sums that will differ if two tensors do."
+    "Three sums of a tensor: if they agree for two tensors, the tensors are almost surely equal."
     f = tensor.detach().cpu().double().flatten()
     j = torch.arange(len(f), dtype=torch.double)
     return [f.sum().item(), f.square().sum().item(), (f * torch.cos(0.1 * j)).sum().item()]
@@ -174,7 +174,7 @@ def _show(state: State) -> dict[str, Any]:
 @arithmetic("fp32")
 def replay(
     spec: dict[str, Any],  # the settings of a trace, without its `trace`
-    device: str | torch.device = "cpu",  # what it is computed on
+    device: str | torch.device = "cpu",  # for instance "cuda"
 ) -> list[dict[str, Any]]:  # one entry per round, in the form of the trace
     "Run our algorithm on a trace's settings. `ValueError` names a setting that is unknown."
     if spec.get("task") == "language":
@@ -298,7 +298,7 @@ def evaluate_language(
     test: FixedData,
     criterion: Callable[..., Tensor],  # (logits, labels) → loss
 ) -> dict[str, float]:
-    "Mean of the batches' losses, their sum a sample, and the negative log-likelihood a token."
+    "Mean of the batches' losses, their sum per sample, and the negative log-likelihood per token."
     batches = [(model(x), y) for x, y in test.batches(0, 0)]
     losses = [float(criterion(logits, y)) for logits, y in batches]
     tokens = sum(int(y[:, 1].sum()) for _, y in batches)
@@ -348,8 +348,8 @@ def _replay_language(spec: dict[str, Any], device: str | torch.device) -> list[d
 def deviations(
     ours: Any,  # a replay, or a part of it
     theirs: Any,  # the trace, or the same part of it
-    path: str = "",  # where the part stands
-) -> list[tuple[float, str]]:  # of every number: relative deviation, where it stands
+    path: str = "",  # place of the part in the trace: "/0/client"
+) -> list[tuple[float, str]]:  # of every number: relative deviation, place in the trace
     "Compare a replay with its trace. `AssertionError` if they do not have the same form."
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), path

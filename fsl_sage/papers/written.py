@@ -61,7 +61,7 @@ class Writes(Callback):
         self.contexts, self.most, self.root, self.options = contexts, most, root, options
 
     def start(self, at: RunStart) -> None:
-        "Look the texts up. A run on images is left alone."
+        "Load the texts. On a run with images the callback does nothing."
         self.references: dict[str, list[str]] = {}
         if not reads_text(at.experiment):
             return
@@ -69,7 +69,7 @@ class Writes(Callback):
         self.references = dict(list(references(self.dataset.texts.test).items())[: self.contexts])
 
     def round(self, row: dict[str, Any], models: Any) -> dict[str, float] | None:
-        "Write and score."
+        "Let each global model write, and return the mean scores."
         if not self.references or math.isnan(row["test_loss"]):  # images; not evaluated
             return None
         asked = self.dataset.vocabulary, list(self.references), self.most
@@ -97,7 +97,7 @@ def keep_model(
     device: str | torch.device = "auto",  # for what must be trained
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> str:  # the run's name in the store
-    "See to it that the store has a run and its model. A run that was stored without its model is trained again."
+    "Put a run and its model into the store, unless they are there. A run stored without its model is trained again."
     keep = KeepModel(store.root)
     (history,) = store.get([experiment], device, root, progress=False, jobs=1, callbacks=[keep])
     name = run_name(store.root, experiment, history.data)
@@ -127,8 +127,8 @@ def as_pretrained(
     store: RunStore,
     device: str | torch.device = "auto",  # for what must be trained
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-) -> Iterator[str]:  # a folder that serves as `root`, for data sets that need no file
-    "Within the block the run's model is found as pretrained weights. `ValueError` if only adapters are trained."
+) -> Iterator[str]:  # a folder to pass as `root`, for data sets that need no file
+    "Within the block the run's model serves as pretrained weights. `ValueError` if only adapters are trained."
     fine = "None: a base is trained as a whole"
     require(experiment.model.adapter is None, "model.adapter", experiment.model.adapter, fine)
     name = keep_model(experiment, store, device, root)
@@ -159,7 +159,7 @@ def verdict_on(
     half: float,  # half of its 95 % interval; NaN: one seed
     sign: int,  # 1: more is better; -1: less is
 ) -> str:
-    "What a difference says."
+    "Is a difference better, worse or undecided?"
     if math.isnan(half):
         return "one seed"
     return "undecided" if abs(mean) <= half else "better" if mean * sign > 0 else "worse"
@@ -169,7 +169,7 @@ def less_others(
     table: pd.DataFrame,  # a row per run: label, seed and the columns that are compared
     better: Mapping[str, int],  # column → 1: more is better; -1: less is
     label: str = "FSL-SAGE",  # of the method
-) -> pd.DataFrame:  # a row a column and other method: value, label, n, mean, half, differences, verdict
+) -> pd.DataFrame:  # a row per column and other method: value, label, n, mean, half, differences, verdict
     "The method's numbers less those of each other method, seed by seed."
     parts = []
     for value, sign in better.items():
