@@ -25,7 +25,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 SEEDS = ("init_seed", "partition_seed", "sampling_seed", "participation_seed")
 
 # %% ../../nbs/25_config.experiment.ipynb #ff560ad2
-SESSION = "session"  # in place of a file's name: the part was defined in a notebook, and no other process knows it
+SESSION = "session"  # instead of a file's name: the part was defined in a notebook, which no other process can load
 PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest" of the plug-in that has it
 
 # %% ../../nbs/25_config.experiment.ipynb #8a3bc6f6
@@ -41,16 +41,18 @@ LATER_FIELDS = {
     **{f"model.{part}.optimizer.{field}": default for part in ("client", "server", "auxiliary")
        for field, default in {"eps": 1e-8, "scheduler.warmup_steps": 0, "scheduler.total_steps": None,
                                  "scheduler.warmup_rounds": 0}.items()},
-}  # fields that came later, by dotted name → the value with which they are left out  # fmt: skip
+}  # later fields by dotted name → the default at which a description leaves them out  # fmt: skip
+
+# %% ../../nbs/25_config.experiment.ipynb #580a10d0
 FIRST_SETTINGS = {
     "server_update_interval": 5, "align_interval": 10, "align_epochs": 100, "align_batch_size": 1000,
     "max_dataset_size": 1000, "align_tolerance": 0.0, "align_jointly": False, "warm_start": False,
     "share_server": False, "loss": "cross_entropy", "per_client_loss": False, "lr_power": 0.0, "active_fraction": 0.0,
     "average_phase": "full", "average_fraction": 0.6, "mixing_mode": "concat_batch", "clip_norm": 0.0,
     "noise_multiplier": 0.0,
-}  # once fields of every algorithm: every description has them; later ones are left out at their defaults  # fmt: skip
+}  # in every description; later settings are left out at their defaults  # fmt: skip
 
-
+# %% ../../nbs/25_config.experiment.ipynb #8a52218c
 def _described(
     experiment: "Experiment",
     whole: bool,  # also the fields of LATER_FIELDS that have their defaults
@@ -73,7 +75,7 @@ def _described(
 # %% ../../nbs/25_config.experiment.ipynb #f647c4e1
 @dataclass(frozen=True)
 class Experiment:
-    """All that decides the numbers of a run, up to the device's rounding. `ValueError` names a field that is unfit.
+    """Everything that decides the numbers of a run, up to the device's rounding. `ValueError` names a wrong field.
 
     >>> from fsl_sage import Experiment
     >>> experiment = Experiment(num_clients=3)
@@ -89,15 +91,15 @@ class Experiment:
     precision: str = "fp32"  # of the arithmetic: fp32, tf32 (GPUs) or bf16; parameters and evaluation stay fp32
     eval_every: int = 1  # rounds between evaluations; the last round is always evaluated
     comm_threshold_mb: float | None = None  # budget in MiB ("paper" bytes); tested after each round; None: none
-    seed: int = 200  # of the streams below, unless they are given
+    seed: int = 200  # for each seed below that is not given
     init_seed: int | None = None  # initial parameters
     partition_seed: int | None = None  # which client gets which samples
     sampling_seed: int | None = None  # order of batches, augmentation
-    plugins: tuple[str, ...] = ()  # file@digest of the plug-ins whose parts are used; found, never given
+    plugins: tuple[str, ...] = ()  # file@digest of the plug-ins whose parts are used; never set by users
     participation: float = 1.0  # part of the clients that take part in a round, drawn anew each time; at least one does
     participation_seed: int | None = None  # of that draw
     clock: ClockConfig | None = None  # a simulated clock, if not None
-    codec: CodecsConfig = CodecsConfig()  # how what crosses the cut is packed for the way
+    codec: CodecsConfig = CodecsConfig()  # how smashed data and their gradients are compressed
     target_accuracy: float | None = None  # on the test set, in (0, 1]: the run ends once it is reached; None: none
 
     def __post_init__(self):
@@ -149,7 +151,7 @@ def _settle(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #0be3ad7c
 def _settle_head(experiment: Experiment) -> None:
-    "Refuse labels that stay at the clients where the server needs them, or where there is no server that would."
+    "Refuse `model.head_cut` if the server needs the labels, or if no client ever sends them."
     record, head = record_of(experiment), experiment.model.head_cut
     if head is None or record.u_shaped:
         return
@@ -161,7 +163,7 @@ def _settle_head(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #96a34816
 def _settle_cuts(experiment: Experiment) -> None:
-    "Give each client its cut; refuse cuts of their own where the algorithm has one for all."
+    "Give each client its cut; refuse different cuts if the algorithm needs one cut for all."
     model, record = experiment.model, record_of(experiment)
     if not model.cuts:
         return
@@ -177,7 +179,7 @@ def _settle_cuts(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #e24ebbb8
 def _settle_parts(experiment: Experiment) -> None:
-    "Refuse what algorithm and network cannot do together; find the plug-ins whose parts are used."
+    "Refuse a network that the algorithm cannot train; find the plug-ins whose parts are used."
     name, model, record = experiment.algorithm.name, experiment.model, record_of(experiment)
     require(not record.alone or experiment.num_clients == 1, "num_clients", experiment.num_clients, f"1 for {name!r}")
     if record.auxiliary:
@@ -198,7 +200,7 @@ def _settle_parts(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #43fc0c97
 def _settle_codec(experiment: Experiment) -> None:
-    "Leave out the codec of what is never sent."
+    "Reset the codec of whatever is never sent."
     cost, codec = record_of(experiment).cost, experiment.codec
     if cost is None:
         return
@@ -212,7 +214,7 @@ OF_TEXTS: dict[str, Any] = {"vocabulary": "words", "seq_len": LENGTH, "objective
 
 
 def _settle_text(experiment: Experiment) -> None:
-    "Refuse an algorithm that is for images where text is read; where none is, give the fields of text their defaults."
+    "Refuse a language model for an algorithm on images; without one, reset the fields of texts."
     settings, why = experiment.algorithm, experiment.algorithm.images_only()
     if MODELS[experiment.model.name].reads == "text":
         others = ", ".join(name for name in algorithms() if not settings_of(name).images_only())
@@ -226,7 +228,7 @@ def _settle_text(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #f118d571
 def _settle_participation(experiment: Experiment) -> None:
-    "Refuse absent clients, or a clock, where the algorithm cannot do with them."
+    "Refuse absent clients, or a clock, for an algorithm that cannot have them."
     fraction, clock, name = experiment.participation, experiment.clock, experiment.algorithm.name
     require(0 < fraction <= 1, "participation", fraction, "greater than 0, at most 1")
     if fraction == 1:
@@ -242,7 +244,7 @@ def _settle_participation(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #10ae91e8
 def _dataclass_in(hint: Any) -> type | None:
-    "The dataclass that a field of this type is, or may be."
+    "The dataclass in a field's type: `ClockConfig` of `ClockConfig | None`."
     kinds = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
     return next(filter(is_dataclass, kinds), None)
 
@@ -259,7 +261,7 @@ def _put(
     settings = {field: hint for field, (hint, _) in setting_fields().items()} if kind is Settings else {}
     known = settings or typing.get_type_hints(kind)
     below = _dataclass_in(known[one_of(above + path, name, settings or tree)])
-    require(not rest or below is not None, above + path, value, f"left out: {name!r} has no fields")
+    require(not rest or below is not None, above + path, value, f"left out, because {name!r} has no fields")
     if below and (rest or isinstance(value, dict)):
         if tree[name] is None:  # no schedule, no clock: then the default one, changed
             tree[name] = asdict(below())
@@ -270,7 +272,7 @@ def _put(
 
 
 def _changed(experiment: Experiment, changes: dict[str, object]) -> Experiment:
-    "`experiment` with `changes` by dotted name: a branch before its fields."
+    "`experiment` with `changes` by dotted name; a branch is changed before its fields."
     tree = experiment.to_dict(whole=True) | vars(experiment)["_given"]
     tree.pop("plugins")  # they follow from the parts
     for path, value in sorted(changes.items(), key=lambda change: change[0].count(".")):
@@ -298,7 +300,7 @@ def from_dict(
     missing = [str(name) for name in wanted or () if name not in PLUGGED.values()]
     if missing:
         how = "load their files by plugins=[FILE] (fsl-sage), --plugins FILE (fsl-sage-runs) or load_plugins([FILE])"
-        raise MissingPluginError(f"plug-ins {', '.join(missing)} are needed as they were: {how}")
+        raise MissingPluginError(f"plug-ins {', '.join(missing)} are needed in this very version: {how}")
     if isinstance(tree, dict):
         seed = tree.get("seed", Experiment.seed)
         tree = {name: None if name in SEEDS and value == seed else value for name, value in tree.items()}

@@ -29,12 +29,12 @@ class SchedulerConfig:
     name: str = "multistep"  # multistep, step, fraction, cyclic, cosine, warmup; or warmup_linear, in steps
     milestones: tuple[int, ...] = ()  # multistep: the rounds of its drops
     step_size: int = 50  # step: rounds between drops; cyclic: half a cycle
-    gamma: float = 0.1  # factor at each drop; cyclic: of the lowest rate; cosine: at the end, also 0
+    gamma: float = 0.1  # factor at each drop; cyclic: lowest rate / lr; cosine: last rate / lr, also 0
     fraction: float = 0.8  # fraction: the part of all rounds after which the rate drops, in (0, 1]
-    early: int = 0  # fraction: how many rounds before that; 1 as in SGLR's released code
+    early: int = 0  # fraction: how many rounds earlier it drops; 1 as in SGLR's released code
     warmup_steps: int = 0  # warmup_linear: steps in which the rate rises from 0; then it falls to 0
-    total_steps: int | None = None  # warmup_linear: where it is 0 again; None: at the part's last step
-    warmup_rounds: int = 0  # cosine, warmup: rounds of rising rates before the first at the full one
+    total_steps: int | None = None  # warmup_linear: the step in which the rate is 0 again; None: the part's last step
+    warmup_rounds: int = 0  # cosine, warmup: rounds of rising rates before the first round at the full rate
 
     def __post_init__(self):
         check_types(self, "scheduler.")
@@ -66,7 +66,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # ≥ 0
     betas: tuple[float, float] = (0.9, 0.999)  # not for sgd
     momentum: float = 0.0  # for sgd
-    scheduler: SchedulerConfig | None = None  # None: the rate stays
+    scheduler: SchedulerConfig | None = None  # None: the rate is constant
     eps: float = 1e-8  # not for sgd: added to the root of the second moment
 
     def __post_init__(self):
@@ -90,15 +90,15 @@ class DatasetConfig:
     name: str = "fmnist_mini"  # one of `data.sources.KNOWN`, such as cifar10, restaurants; or one in the data root
     distribution: str = "iid"  # iid, noniid (shards), noniid_dirichlet, balanced, by_length, by_key, natural
     alpha: float = 10.0  # of noniid_dirichlet, > 0; small is heterogeneous
-    shard_num: int = 10  # of noniid: shards a client
-    samples_per_client: int | None = None  # of balanced: a multiple of the number of classes; None: the most
+    shard_num: int = 10  # of noniid: shards per client
+    samples_per_client: int | None = None  # of balanced: a multiple of the number of classes; None: as many as possible
     max_train: int | None = None  # use only so many training images, drawn at random; None: all
-    max_test: int | None = None  # likewise test images
+    max_test: int | None = None  # the same for test images
     augment: bool = True  # random flip and padded random crop
     val_size: int = 0  # training images held out for validation, drawn by the partition's seed
     rgb32: bool = False  # resize to 32 × 32, repeat one channel to three, normalise by mean and deviation ½ (SGLR)
-    size_spread: float = 0.0  # of iid, noniid_dirichlet: deviation of the log of clients' samples; 0: equal shares
-    image_size: int | None = None  # of a folder of pictures: pixels of a side to resize all to; None: as they are
+    size_spread: float = 0.0  # of iid, noniid_dirichlet: deviation of the log of samples per client; 0: equal
+    image_size: int | None = None  # of a folder of pictures: pixels per side after resizing; None: no resizing
     vocabulary: str = "words"  # of texts: words, gpt2
     seq_len: int = LENGTH  # of texts: tokens of a sample, at most
     objective: str = "clm"  # of texts: the loss counts the completion (clm), or the context too (jlm)
@@ -125,7 +125,7 @@ class DatasetConfig:
 class ClientConfig:
     "What a client does in a round."
 
-    epoch: int = 1  # passes over its data a round (E)
+    epoch: int = 1  # passes over its data per round (E)
     batch_size: int = 256  # samples (B)
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=1e-4)  # Adam, 1e-3
 
@@ -151,9 +151,9 @@ class AuxiliaryConfig:
 
     size: str = "default"  # of FSL-SAGE's ablation: linear, one_block, default, server_copy; or first_layers
     optimizer: OptimizerConfig = OptimizerConfig()
-    budget_mb: float = 8.5  # of first_layers, made of any network's server: MiB it may have
-    blocks: int | None = None  # of a decoder's: how many; None: as usual for it
-    start: str = "random"  # of a decoder's: random blocks, or server, which are the server's first
+    budget_mb: float = 8.5  # of first_layers: its size, at most, in MiB
+    blocks: int | None = None  # of a decoder's auxiliary model: how many; None: the usual number
+    start: str = "random"  # of a decoder's auxiliary model: random, or server, a copy of the server's first blocks
 
     def __post_init__(self):
         check_types(self, "model.auxiliary.")
@@ -169,7 +169,7 @@ class AdapterConfig:
     "Low-rank adapters on a decoder's queries and values."
 
     rank: int = 4  # r
-    alpha: float = 32.0  # α: their product is scaled by α/r
+    alpha: float = 32.0  # α: the product of both factors is scaled by α/r
     dropout: float = 0.0  # of their input, in [0, 1)
 
     def __post_init__(self):
@@ -185,7 +185,7 @@ class ModelConfig:
 
     name: str = "resnet18"  # one of MODELS
     width: int = 64  # of all layers: 64 as published, others in proportion
-    cut: str | None = None  # the client's last layer, one of `split.cut_layers`; None: the published one
+    cut: str | None = None  # the client's last layer, one of `networks.cut.cut_layers`; None: the published one
     norm: str = "batch"  # of a network with BatchNorm; group: GroupNorm in its place, also in the auxiliary model
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
@@ -193,7 +193,7 @@ class ModelConfig:
     adapter: AdapterConfig | None = None  # of a decoder; None: all of it is trained
     blocks: int | None = None  # of a decoder; None: as published, likewise below
     heads: int | None = None  # of each block's attention
-    context: int | None = None  # positions it knows
+    context: int | None = None  # positions, the longest text
     head_cut: str | None = None  # the server's last layer; the layers after it and the labels stay with the client
     cuts: tuple[str, ...] = ()  # a cut for each client; or shares, as layer1:0.7 layer3:0.3; (): all have the same
     pretrained: bool = False  # of a decoder: whether it starts from a file of weights (`networks.gpt2.find_weights`)
@@ -232,7 +232,7 @@ def cut_of_each(
     cuts: Sequence[str],  # of `ModelConfig.cuts`, not empty
     n: int,  # clients
 ) -> tuple[str, ...]:  # one per client
-    "The cuts that a list or shares give the clients. `ValueError` if it is neither, or does not fit."
+    "The cut of each client, from a list of cuts or from shares. `ValueError` for anything else, or if it does not fit."
     if not any(":" in cut for cut in cuts):
         fine = f"one layer for each of the {n} clients, or shares such as layer1:0.7, layer3:0.3"
         require(len(cuts) == n, "model.cuts", list(cuts), fine)
@@ -250,19 +250,19 @@ def cut_of_each(
 # %% ../../nbs/24_config.parts.ipynb #7c8f5bfa
 @dataclass(frozen=True)
 class CodecConfig:
-    "How tensors of one kind are packed for the way."
+    "How tensors of one kind are compressed before they are sent."
 
     name: str = "quantise"  # quantise, float16, bfloat16, top_k, random_top_k, product (FedLite), superpose (C3-SL)
-    bits: int = 32  # of quantise: of a number, 1 to 8; 32: numbers as they are
-    over: str = "batch"  # of quantise: what has a range of its own: batch, sample, channel
+    bits: int = 32  # of quantise: bits per number, 1 to 8; 32: unchanged numbers
+    over: str = "batch"  # of quantise: what shares one range of values: batch, sample, channel
     stochastic: bool = False  # of quantise: round up or down at random, right on average
-    rate: float = 0.1  # of top_k, random_top_k: part of a sample's numbers that is sent, in (0, 1]; 1: all, as they are
+    rate: float = 0.1  # of top_k, random_top_k: part of a sample's numbers that is sent, in (0, 1]; 1: all, unchanged
     spread: float = 0.1  # of random_top_k: weight of all numbers but the largest in the draw, in (0, 1)
     pieces: int = 8  # of product: pieces of a sample, a divisor of its numbers
     groups: int = 1  # of product: groups of pieces with centres of their own, a divisor of pieces
     centres: int = 16  # of product: in each group, at least 2
     correction: float = 0.0  # of product, for smashed data: weight of the error that is added to the gradient, ≥ 0
-    together: int = 2  # of superpose: samples that are added up, at least 2
+    together: int = 2  # of superpose: samples that are added into one, at least 2
 
     called = "codec"  # in messages, by the name of its place
 
@@ -282,20 +282,20 @@ class CodecConfig:
 
     @property
     def plain(self) -> bool:
-        "Whether numbers are sent as they are."
+        "Whether numbers are sent unchanged."
         return self.name == "quantise" and self.bits == 32
 
 # %% ../../nbs/24_config.parts.ipynb #b029f5f5
 @dataclass(frozen=True)
 class CodecsConfig:
-    "How what crosses the cut is packed for the way."
+    "The codecs of the smashed data and of their gradients."
 
     smashed: CodecConfig = CodecConfig()  # up
     cut_grad: CodecConfig = CodecConfig()  # down
 
     def __post_init__(self):
         check_types(self, "codec.")
-        fine = "another one, such as top_k: which numbers of a gradient arrive must not be drawn"
+        fine = "another codec, such as top_k: the numbers of a gradient must not be drawn at random"
         require(self.cut_grad.name != "random_top_k", "codec.cut_grad.name", self.cut_grad.name, fine)
         forget(down := replace(self.cut_grad), "correction")
         answer = CODECS[down.name].answer
@@ -312,9 +312,9 @@ class ClockConfig:
     up: float = 2.5e6  # bytes per second from the median client to the server
     down: float = 12.5e6  # bytes per second from the server to the median client
     server_flops: float = 1e13  # FLOP/s of the server
-    spread: float = 0.0  # deviation of the logarithm of clients' speeds, computing and link apart; 0: all alike
+    spread: float = 0.0  # standard deviation of the log of clients' speeds, drawn for computing and link; 0: all equal
     seed: int = 0  # of the draw of speeds
-    deadline: float | None = None  # seconds a client may take for a round: who would be late is left out; None: no end
+    deadline: float | None = None  # seconds per round; a client that would need more is left out; None: no deadline
 
     def __post_init__(self):
         check_types(self, "clock.")
