@@ -45,15 +45,15 @@ from ..networks.recording import OnGpu, recording
 class Training(Run):
     "A run that is measured and written down."
 
-    bench: Bench
-    register: Register
+    bench: Bench  # test and validation images
+    register: Register  # who takes part, and how long a round lasts
     done: Progress  # the rows so far
-    began: float = field(default_factory=time.perf_counter)  # moved back by what earlier parts of the run took
+    began: float = field(default_factory=time.perf_counter)  # earlier by what the run took before it was stopped
     cores_began: float = field(default_factory=time.process_time)  # likewise, in processor time
 
     @property
     def seconds(self) -> float:
-        "Of training so far."
+        "Seconds of training so far."
         return time.perf_counter() - self.began
 
     @property
@@ -70,7 +70,7 @@ def begin(
     checkpoint: str | Path | None,  # file to continue from, if it is there
     data: str | None = None,  # digest that the data set must have; None: any
 ) -> Training:
-    "Set a run up, or continue it where the checkpoint stopped. Warns if the checkpoint cannot be used."
+    "Set a run up, or continue it after the checkpoint's last round. Warns if the checkpoint cannot be used."
     start, cores, fine = time.perf_counter(), time.process_time(), "an Experiment, such as preset('smoke') gives"
     require(isinstance(experiment, Experiment), "experiment", experiment, fine)
     from_dict(experiment.to_dict())  # are its plug-ins loaded, as they were?
@@ -111,7 +111,7 @@ class Saver:
     def __init__(
         self,
         path: str | Path | None,  # of the file; None: writes none
-        seconds: float,  # at least so long between two; 0: each time
+        seconds: float,  # the shortest time between two checkpoints; 0: one per round
     ):
         self.path, self.seconds, self.pause, self.saved = path, seconds, seconds, time.monotonic()
 
@@ -121,7 +121,7 @@ class Saver:
             self.save(run)
 
     def save(self, run: Training) -> None:
-        "Write a checkpoint. Warns if it cannot be written: the run goes on without."
+        "Write a checkpoint. If it cannot be written, warn and go on."
         start = time.monotonic()
         if not self.path:
             return
@@ -181,7 +181,7 @@ def ended(
 
 def train_rounds(
     run: Training,
-    tell: Callable[[dict[str, Any]], dict[str, float]],  # callbacks of a row; `StopRun` as `tell_round`
+    tell: Callable[[dict[str, Any]], dict[str, float]],  # tells callbacks of a row, as `tell_round`; raises `StopRun`
     saver: Saver,
     progress: bool,  # show a bar
 ) -> tuple[str, str | None]:  # as `History.stopped`; what went wrong, if the run has diverged
@@ -252,14 +252,14 @@ def train_state(
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     progress: bool = True,  # show a bar with accuracy and GB (1024³ bytes)
-    in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
-    checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
-    checkpoint_seconds: float = 10.0,  # between two checkpoints, more where writing takes long; 0: each round
+    in_flight: int | None = None,  # clients on the device at a time, the others wait on disk; None: all
+    checkpoint: str | Path | None = None,  # file to continue from if it is there; gets the next checkpoint
+    checkpoint_seconds: float = 10.0,  # at least, between two checkpoints; 0: one per round
     callbacks: Sequence[Callback] = (),  # told of each round
     data: str | None = None,  # digest that the data set must have; None: any
     recorded: bool = False,  # play the steps from CUDA graphs; needs a GPU
 ) -> tuple[History, State]:  # what `train` returns; the models and optimisers after the last round
-    """`train`, for those who want the trained models too.
+    """As `train`, and returns the trained models too.
 
     >>> from fsl_sage import preset, train_state
     >>> small = preset("smoke", rounds=1, **{"dataset.max_train": 96})
@@ -280,15 +280,15 @@ def train(
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     progress: bool = True,  # show a bar with accuracy and GB (1024³ bytes)
-    in_flight: int | None = None,  # clients on the device at a time, the others are streamed; None: all
-    checkpoint: str | Path | None = None,  # file from which to continue, and where to leave the next checkpoint
+    in_flight: int | None = None,  # clients on the device at a time, the others wait on disk; None: all
+    checkpoint: str | Path | None = None,  # file to continue from if it is there; gets the next checkpoint
     callbacks: Sequence[Callback] = (),  # told of each round
     data: str | None = None,  # digest that the data set must have (`digests.data_digest`); None: any
     recorded: bool = False,  # play the steps from CUDA graphs (`12_networks.recording`); needs a GPU
 ) -> History:
     """Run `experiment`.
 
-    `DivergedError` when a loss is not finite, with the history so far; `ValueError` names a field that does not fit
+    Raises `DivergedError` with the history so far if a loss is not finite. Raises `ValueError` if a field does not fit
     the data.
 
     >>> from fsl_sage import preset, train
