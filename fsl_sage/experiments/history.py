@@ -30,8 +30,8 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],  # x (batch, …), y (batch,), on the model's device
     criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels, reduction) → loss
-    tally: Tensor | None = None,  # (2, classes), int64: gets samples and right answers of each class; None: not counted
-) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss: both per sample, of texts per token that counts
+    tally: Tensor | None = None,  # (2, classes), int64: gets samples and right answers per class; None: not counted
+) -> tuple[float, float]:  # accuracy in [0, 1]; mean loss: both per sample, for texts per token of the mask
     "Accuracy and loss of `model` in eval mode; leaves it in train mode."
     model.eval()
     correct: float | Tensor = 0
@@ -70,7 +70,7 @@ def evaluate_mean(
 def client_accuracies(
     tallies: Sequence[Tensor],  # one per model, from `evaluate`: one model, or one per client
     shares: Tensor,  # (client, class): each client's part of each label, rows adding up to 1
-) -> np.ndarray:  # (client,), in [0, 1]; NaN of a client of whose classes there is no test image
+) -> np.ndarray:  # (client,), in [0, 1]; NaN if the test set has none of the client's classes
     "The accuracy that each client sees on its own mixture of classes, a_i."
     counts = np.stack([tally.cpu().numpy() for tally in tallies]).astype(float)
     by_class = counts[:, 1] / np.maximum(counts[:, 0], 1)
@@ -87,7 +87,7 @@ CLIENT_COLUMNS = tuple(f"client_accuracy_{name}" for name in ("mean", "worst", "
 def client_columns(
     accuracies: np.ndarray,  # (client,), as `client_accuracies` gives them
 ) -> dict[str, float]:  # columns of `History.rounds`
-    "Mean, lowest, tenth percentile and deviation over clients, all alike in weight."
+    "Mean, lowest value, tenth percentile and standard deviation over clients, each with the same weight."
     known = accuracies[~np.isnan(accuracies)]
     if not len(known):
         return dict.fromkeys(CLIENT_COLUMNS, math.nan)
@@ -121,9 +121,9 @@ class History:
     alignments: pd.DataFrame
     ledger: pd.DataFrame
     stopped: str  # "rounds": all were run; "budget", "target": one was reached; "callback"; "diverged"
-    seconds: float | None = None  # that training took, in all parts of a run that was stopped; None: read from a store
+    seconds: float | None = None  # of training, with the time before an interruption; None: read from a store
     data: str = ""  # digest of the data set; empty: not known
-    core_seconds: float | None = None  # processor time of all threads, likewise; with threads it is more than `seconds`
+    core_seconds: float | None = None  # processor time of all threads, likewise
 
 # %% ../../nbs/42_experiments.history.ipynb #14ad70ad
 class RunError(Exception):
@@ -152,7 +152,7 @@ class StoppedError(RunError, RuntimeError):
 def first_bad_loss(
     metrics: Metrics,
     rnd: int,  # round
-) -> str | None:  # where the first NaN or infinite loss of the round was, if there is one
+) -> str | None:  # where the first NaN or infinite loss was; None: all are finite
     "Find the round's first loss that is not finite."
     losses = metrics.in_order
     if not losses:
