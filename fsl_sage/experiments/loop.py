@@ -35,7 +35,7 @@ class Round(NamedTuple):
     metrics: Metrics  # losses and alignments
     client_lr: float  # learning rates of the round
     server_lr: float
-    drew: bool  # whether an algorithm of the user's has drawn from a global random stream
+    drew: bool  # whether a user's algorithm drew from a global random stream
 
     @property
     def number(self) -> int:
@@ -56,7 +56,7 @@ def is_spent(
     experiment: Experiment,
     ledger: Ledger,
 ) -> bool:  # False where there is no budget
-    "Whether the budget of communication is reached."
+    "Whether the bytes sent so far reach the budget."
     budget = experiment.comm_threshold_mb
     return budget is not None and ledger.bytes("paper") >= budget * 2**20
 
@@ -65,9 +65,9 @@ def ending(
     experiment: Experiment,
     ledger: Ledger,
     rnd: int,  # round that has just been made
-    results: Mapping[str, float],  # of its evaluation; empty: there was none
+    results: Mapping[str, float],  # of its evaluation; empty: it was not evaluated
 ) -> str:  # target, budget or rounds, as in `History.stopped`; empty: the run goes on
-    "Why no round comes after it."
+    "Why the run ends with this round."
     target = experiment.target_accuracy
     if target is not None and results.get("test_accuracy", -math.inf) >= target:
         return "target"
@@ -86,7 +86,7 @@ def is_due(
 
 # %% ../../nbs/44_experiments.loop.ipynb #81fc1e2f
 def step_schedules(state: State) -> None:
-    "Learning rates move on after a round."
+    "Move all learning rates on by one round."
     for part in state.parts:
         part.step_schedule()
 
@@ -115,11 +115,11 @@ def rounds(run: Run) -> Iterator[Round]:
 class Bench:
     "What a run is measured on."
 
-    dataset: Dataset  # less its validation images
+    dataset: Dataset  # without its validation images
     validation: Images | None  # None: no validation
     algorithm: Algorithm
     criterion: Callable[..., Tensor]  # (logits, labels, reduction) → loss
-    shares: Tensor | None = None  # (client, class), from `label_shares`; None: not known, or texts
+    shares: Tensor | None = None  # (client, class), from `label_shares`; None: unknown, or texts
 
     def accuracies(
         self,
@@ -143,11 +143,11 @@ class Bench:
         return row | self._perplexity(row["test_loss"])
 
     def _tally(self) -> Tensor:
-        "For `evaluate`: nothing counted yet."
+        "A tally for `evaluate`, all zero."
         return torch.zeros(2, self.dataset.num_classes, dtype=torch.int64, device=self.dataset.test.y.device)
 
     def _perplexity(self, loss: float) -> dict[str, float]:
-        "Of texts: the number of tokens among which a model that is so uncertain chooses."
+        "Of texts: the exponential of the loss, the number of equally likely tokens with the same loss."
         return {"test_perplexity": math.exp(min(loss, 700.0))} if self.dataset.train.is_text else {}
 
 # %% ../../nbs/44_experiments.loop.ipynb #8df7fde1
@@ -156,7 +156,7 @@ def round_row(
     ledger: Ledger,
     results: dict[str, float],  # of the evaluation
 ) -> dict[str, Any]:  # a row of `History.rounds`
-    "What is kept of a round."
+    "The row that a round adds to the history."
     return {
         "round": made.number, **results,
         "train_loss": mean_loss(made.metrics, "server"), "aux_loss": mean_loss(made.metrics, "aux"),
@@ -168,7 +168,7 @@ def round_row(
 def alignment_rows(
     made: Round,
 ) -> list[dict[str, Any]]:  # rows of `History.alignments`
-    "What is kept of a round's alignments, as numbers of the host."
+    "A row for each of the round's alignments, as Python's numbers."
     whole = ("client", "buffer_size", "passes")
     numbers = [{name: int(v) if name in whole else float(v) for name, v in row.items()}
                for row in made.metrics.alignments]  # fmt: skip
