@@ -50,11 +50,11 @@ class Stored:
     history: History | None  # None: it cannot be used
     made_with: dict[str, Any]  # its provenance; empty if the run cannot be used
     problem: str = ""  # why it cannot be used, and the way out
-    kept: bool = False  # nothing is known to be wrong with it: a plug-in is not loaded, or it is another user's
+    kept: bool = False  # True: the run may be fine, but a plug-in or a permission is missing
 
 
 def read_stored(folder: Path) -> Stored:
-    "A run's folder, whether it can be used or not."
+    "Read a run's folder, whether the run can be used or not."
     try:
         return Stored(folder, *read_whole(folder))
     except StoreError as error:
@@ -64,7 +64,7 @@ def read_stored(folder: Path) -> Stored:
 def read_all(
     store: Path,  # root of the store
 ) -> list[Stored]:
-    "All runs of a store, the diverged ones last, whether they can be used or not."
+    "All runs of a store, usable or not, the diverged ones last."
     parents = [parent for parent in (store, store / "diverged") if parent.is_dir()]
     with _believing(store, "there is no such store"):
         folders = [path for parent in parents for path in sorted(parent.iterdir()) if RUN.fullmatch(path.name)]
@@ -72,7 +72,7 @@ def read_all(
 
 # %% ../../nbs/50_experiments.stored.ipynb #a4104455
 def _left_out(run: Stored) -> str:
-    "Why a run is not in the table of all runs; empty if it is."
+    "Why the table of all runs leaves this one out; empty if it does not."
     if run.history is None:
         return run.problem
     large = [n for n, v in flat(run.history.experiment).items() if isinstance(v, int) and not -(2**63) <= v < 2**63]
@@ -111,7 +111,7 @@ def write_table(
     return len(table)
 
 # %% ../../nbs/50_experiments.stored.ipynb #f9a0158e
-BY_ROUND = ("multistep", "step", "cyclic")  # schedules that do not ask how many rounds there are
+BY_ROUND = ("multistep", "step", "cyclic")  # schedules that do not depend on the number of rounds
 
 
 def can_be_shorter(experiment: Experiment) -> bool:
@@ -125,7 +125,7 @@ def can_be_shorter(experiment: Experiment) -> bool:
 def experiments_in(
     store: Path,  # root of the store
 ) -> list[Experiment]:
-    "What the runs of a store are of; those that cannot be read are left out."
+    "The experiments of a store's runs, without those that cannot be read."
     found = []
     for folder in sorted(store.iterdir()) if store.is_dir() else ():
         if RUN.fullmatch(folder.name):
@@ -147,7 +147,7 @@ class StoredRuns:
         experiment: Experiment,
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> Path:
-        "Where the run of `experiment` on the data that are there is, or would be."
+        "The folder of the run of `experiment` on the present data, there or not."
         return self._folder(experiment, RunDigests(root))
 
     def _folder(self, experiment: Experiment, digests: RunDigests) -> Path:
@@ -158,18 +158,18 @@ class StoredRuns:
         experiment: Experiment,
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> History | None:
-        "The stored run of `experiment` on the data that are there, or on any if they are not; None if there is none."
+        "The stored run of `experiment` on the present data, or on any if there are none here; None if there is no run."
         return self._find(experiment, RunDigests(root))
 
     def _find(self, experiment: Experiment, digests: RunDigests) -> History | None:
         folder = self._folder(experiment, digests)
-        with _believing(folder, "see to it that the store can be read"):
+        with _believing(folder, "make sure that this user may read the store"):
             history = read_run(folder, experiment) if folder.exists() else None
         if history is not None:
             self._served[experiment] = folder
             if not history.data and digests.of(experiment):
                 warnings.warn(f"runs of an earlier version in {self.root} do not say which data they were trained on: "
-                              "they are taken for runs of the data that are there now", stacklevel=3)  # fmt: skip
+                              "they count as runs of the present data", stacklevel=3)  # fmt: skip
         return history
 
     def stored(
@@ -177,7 +177,7 @@ class StoredRuns:
         experiments: Iterable[Experiment],
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> list[Experiment]:
-        "Those of `experiments` whose runs are there, in their order: what can be drawn without training."
+        "Those of `experiments` whose runs are stored, in their order."
         digests = RunDigests(root)
         return [experiment for experiment in experiments if self._folder(experiment, digests).exists()]
 
@@ -186,7 +186,7 @@ class StoredRuns:
         experiments: Iterable[Experiment],
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> list[Experiment]:
-        "As `stored`; where a run is not there, the longest of its beginnings that is."
+        "As `stored`; for a missing run, the longest stored run that is its beginning."
         wanted = list(experiments)
         there, found = set(self.stored(wanted, root)), []
         others = experiments_in(self.root) if set(wanted) - there else []
@@ -200,21 +200,21 @@ class StoredRuns:
         return found
 
     def made_with(self, experiment: Experiment) -> dict[str, Any]:  # plain values, as `provenance` gives them
-        "What the stored run of `experiment`, the one that was found last, was made with."
+        "The provenance of the run of `experiment` that was found last."
         return read_whole(self._served.get(experiment) or self.folder(experiment), experiment)[1]
 
     def describe(
         self,
         experiments: Sequence[Experiment],  # stored runs
     ) -> str:  # for instance "seeds 200, 201; AMD EPYC, 1 thread; torch 2.11.0"
-        "What a figure of these runs must say: seeds, hardware, versions."
+        "The line below a figure of these runs: seeds, hardware, PyTorch's version."
         return _in_words(self.about(experiments))
 
     def about(
         self,
         experiments: Sequence[Experiment],  # stored runs, one or more
     ) -> dict[str, Any]:  # plain values, for JSON
-        """What made these runs: seeds, hardware, versions, commit, time, processor time, memory, runs, data.
+        """The provenance of a figure of these runs: seeds, hardware, versions, commit, time, memory, runs, data.
 
         `ValueError` if they were trained on different data of one name."""
         runs = list(dict.fromkeys(experiments))
@@ -225,7 +225,7 @@ class StoredRuns:
         return _about(made, [run.seed for run in runs], [run.hash for run in runs], names)
 
     def frame(self) -> pd.DataFrame:  # columns of `tidy`, then all fields of the experiments by their dotted names
-        "All finished runs in one table, one row per run and round. Warns of those that are left out."
+        "All finished runs in one table, one row per run and round. Warns about those that are left out."
         table, left = all_rounds(self.root)
         for name, why in left.items():
             warnings.warn(f"{name} left out: {why}", stacklevel=2)
@@ -242,7 +242,7 @@ class StoredRuns:
 def tidy(
     histories: Sequence[History],
 ) -> pd.DataFrame:  # columns algorithm, label, seed, num_clients, dataset, hash, then those of `History.rounds`
-    """One row per run and round, a run that is given twice once. `ValueError` if there are none.
+    """One row per run and round; equal runs count once. `ValueError` if there are no runs.
 
     >>> from fsl_sage import preset, tidy, train
     >>> small = [preset("smoke", name, rounds=1, **{"dataset.max_train": 96}) for name in ("fsl_sage", "fed_avg")]

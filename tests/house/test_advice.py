@@ -278,7 +278,7 @@ def another_name_for_data(tmp_path):
         (tmp_path / folder).mkdir()
         np.savez(tmp_path / folder / "mine.npz", **arrays(40, 28, labels))
         store.get([run], "cpu", str(tmp_path / folder), progress=False)
-    refused("call one of the data sets otherwise", store.about, [experiment, other])
+    refused("rename one of the data sets", store.about, [experiment, other])
     shutil.copy(tmp_path / "b" / "mine.npz", tmp_path / "b" / "yours.npz")
     yours = other.replace(**{"dataset.name": "yours"})
     store.get([yours], "cpu", str(tmp_path / "b"), progress=False)
@@ -629,8 +629,8 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "delete the folder {} and the run will be trained again": a_run_anew,
     "use the version that wrote it": a_run_anew,
     "make it a folder that can be written": a_folder_that_can_be_written,
-    "call one of the data sets otherwise": another_name_for_data,
-    "see to it that the store can be read": BY_HAND + "rights that only its owner can give",
+    "rename one of the data sets": another_name_for_data,
+    "make sure that this user may read the store": BY_HAND + "rights that only its owner can give",
     "delete that folder to try again": a_diverged_run_again,
     "such that an alignment fits": "test_alignable.py::test_an_alignment_that_does_not_fit_into_memory_is_refused",
     "or give its stages": one_path,
