@@ -91,7 +91,7 @@ def server_rate(
     lr_power: float,  # α, ≥ 0
 ) -> float:  # η_s
     "The server's learning rate (SGLR, Eq. 12-14)."
-    return client_rate * n_clients**lr_power
+    return client_rate * n_clients**lr_power  # (1)
 
 
 def split_lr_server(
@@ -99,7 +99,7 @@ def split_lr_server(
     data: Sequence[LocalData],  # one per client
     server: nn.Module,  # the model; not copied
 ) -> Part:
-    "A fresh server that learns at SplitLr's rate; those who are asked in a round count as its clients."
+    "A fresh server that learns at SplitLr's rate, for the number of clients that are asked in a round."
     model, n = experiment.model, n_asked(experiment)
     rate = server_rate(model.client.optimizer.lr, n, experiment.algorithm.lr_power)
     return make_part(server, replace(model.server.optimizer, lr=rate), **part_options(experiment, data, "server"))
@@ -124,7 +124,7 @@ def active_clients(
 ) -> list[int]:  # in ascending order
     "The clients that share an averaged gradient in one iteration (SGLR, Eq. 15)."
     among = range(experiment.num_clients) if present is None else present
-    k = n_active(fraction_now(experiment.algorithm, rnd, experiment.rounds), len(among))
+    k = n_active(fraction_now(experiment.algorithm, rnd, experiment.rounds), len(among))  # (2)
     order = torch.randperm(len(among), generator=generator(experiment.sampling_seed, "active", rnd, s))
     return sorted(among[i] for i in order[:k].tolist())
 
@@ -179,7 +179,7 @@ def concat_channels(
     classes: int,
     stream: torch.Generator,  # on the CPU
 ) -> tuple[Tensor, Tensor]:  # (B, n·channel, …); (B·n,)
-    "Samples side by side along the channels; labels as a `ManyHeads` server answers (SGLR, released code)."
+    "Samples side by side along the channels; labels in the order of `ManyHeads`' outputs (SGLR, released code)."
     return torch.cat(smashed, 1), torch.stack(labels, 1).flatten()
 
 
@@ -274,7 +274,7 @@ def noisy_mean(
     if noise_multiplier > 0:
         noise = torch.randn(total.shape, generator=stream).to(total)
         total = total + noise_multiplier * clip_norm * noise
-    return total / len(gradients)
+    return total / len(gradients)  # (3)
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #39db7d57
 def epsilon(
@@ -303,7 +303,7 @@ def require_equal_batches(
     experiment: Experiment,
     data: Sequence[LocalData],  # one per client
 ) -> None:
-    "`ValueError` if clients differ in their number of samples and the algorithm cannot do with that; names the field."
+    "`ValueError` that names the field, if clients have unequal numbers of samples and the algorithm needs equal ones."
     config, sizes = experiment.algorithm, [len(local) for local in data]
     fine = f"{{}} while the clients' batches are unequal ({min(sizes)} to {max(sizes)} samples)"
     equal, mode = min(sizes) == max(sizes), config.mixing_mode
@@ -357,10 +357,10 @@ def joint_step(
     smashed = [z.requires_grad_() for z in smashed]
     stream = generator(experiment.sampling_seed, "mix", rnd, s)
     joint, targets = MIXES[config.mixing_mode](smashed, labels, classes, stream)
-    loss, joint_grad = server_step(server, joint, targets, criterion=LOSSES[config.loss])
-    slices = torch.autograd.grad(joint, smashed, joint_grad)
+    loss, joint_grad = server_step(server, joint, targets, criterion=LOSSES[config.loss])  # (4)
+    slices = torch.autograd.grad(joint, smashed, joint_grad)  # (5)
     if config.per_client_loss:
-        slices = tuple(own * (len(joint) / len(own)) for own in slices)
+        slices = tuple(own * (len(joint) / len(own)) for own in slices)  # (8)
     return loss, dict(zip(arrived, slices, strict=True))
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #5b0d49af
@@ -370,7 +370,7 @@ def send_average(
     s: int,  # local step
     cut_grads: dict[int, Tensor],  # client: its own cut gradient (B, …)
     ledger: Ledger,
-) -> dict[int, Tensor]:  # active client: the average it receives (B, …); nobody if nobody is active
+) -> dict[int, Tensor]:  # active client: the average it receives (B, …); empty if none is active
     "SplitAvg: the active clients all get the mean of their cut gradients (SGLR, Eq. 15)."
     experiment, config = state.experiment, state.experiment.algorithm
     active = [i for i in active_clients(experiment, rnd, s, state.present) if i in cut_grads]
@@ -378,7 +378,7 @@ def send_average(
         return {}
     noise = generator(experiment.sampling_seed, "noise", rnd, s)
     of_active = torch.stack([cut_grads[i] for i in active])
-    mean = noisy_mean(of_active, config.clip_norm, config.noise_multiplier, noise)
+    mean = noisy_mean(of_active, config.clip_norm, config.noise_multiplier, noise)  # (6)
     return ledger.multicast(rnd, active, mean_cut_grad=mean)
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #cd79e290
@@ -390,18 +390,16 @@ def run_round(
     "One round, usually one pass over the data (SGLR, algorithm box)."
     metrics = Metrics()
     for s, batches in state.parallel_batches(rnd):
-        # 1. Every client's forward pass; smashed data and labels go up.
+        # Every client's forward pass; smashed data and labels go up.
         smashed = {i: state.clients[i].forward(x) for i, x, _ in batches}
         arrived = {i: ledger.link(rnd, i).up(smashed=smashed[i], labels=y) for i, _, y in batches}
-        # 2. The server joins them, makes one loss, and steps once, at SplitLr's rate.
-        # 3. Each client's slice of the gradient.
-        loss, cut_grads = joint_step(state, rnd, s, arrived)
-        # 4. SplitAvg: the active clients all get their average, in one message. The others get their own.
-        received = send_average(state, rnd, s, cut_grads, ledger) if state.clients_learn else {}
-        # 5. Every client steps. Nobody exchanges models.
+        # One loss, one step of the server at SplitLr's rate; each client's slice of the gradient.
+        loss, cut_grads = joint_step(state, rnd, s, arrived)  # (4), (5)
+        # SplitAvg: the active clients all get their average, in one message. The others get their own slice.
+        received = send_average(state, rnd, s, cut_grads, ledger) if state.clients_learn else {}  # (6)
         for i, z in smashed.items() if state.clients_learn else ():
             own = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=cut_grads[i])
-            state.clients[i].backward(z, own)
+            state.clients[i].backward(z, own)  # (7)
         metrics.loss(-1, s, loss)
     return metrics
 
