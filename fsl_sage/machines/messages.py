@@ -18,32 +18,33 @@ from ..core import printable, require
 from ..ledger import is_channels_last
 
 # %% ../../nbs/76_machines.messages.ipynb #b8cdf9b5
-LONGEST = 1000  # characters of an error that a stranger may have written
+LONGEST = 1000  # characters that an error may have: a sender chooses some of them
 
 
 class MessageError(ValueError):
-    "What has arrived, or has not, is not the message that was due; says whose it was and what is wrong with it."
+    "A message is wrong or has not come. The error says what is wrong, and which places should have sent it."
 
     def __init__(
         self,
         what: str,  # is wrong
-        whose: Sequence[int] = (),  # places that have not sent what was due; none: not known, or nobody's fault
+        whose: Sequence[int] = (),  # places that did not send the right message; none: not known
     ):
         super().__init__(printable(what[:LONGEST])[:LONGEST])
         self.whose = list(whose)
 
 # %% ../../nbs/76_machines.messages.ipynb #5485daba
 def _written(name: str, tensor: Tensor) -> str:
-    "The name by which a message carries the tensor. A single tensor's ends with a dot, a model's do not."
+    "The tensor's name in a message. The name of a single tensor ends with a dot, those of a model's tensors do not."
     return f"{name[:-1]}:" if name.endswith(".") and is_channels_last(tensor) else name
 
 
 def _read(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    "Tensors of a message, each in its order in memory, by its name."
+    "Tensors of a message by their plain names, each in its order in memory."
     named = {}
     for name, tensor in tensors.items():
         last, plain = name.endswith(":"), f"{name[:-1]}." if name.endswith(":") else name
-        require(plain not in named and (not last or tensor.ndim == 4), "name", name, "told once, of 4 dimensions")
+        fine = "there once, and a tensor of 4 dimensions if it ends with :"
+        require(plain not in named and (not last or tensor.ndim == 4), "name", name, fine)
         room = torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=torch.channels_last) if last else None
         named[plain] = room.copy_(tensor) if last else tensor
     return named
@@ -60,11 +61,11 @@ def encode(
 
 def decode(
     data: bytes,
-    limit: int | None = None,  # bytes there may be; None: any number
+    limit: int | None = None,  # bytes that are allowed; None: any number
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # the tensors by name; the plain values
-    "A message from bytes. `MessageError`, and nothing else, if they are none."
+    "A message from bytes. Bytes that are no message raise `MessageError`, and no other error."
     if limit is not None and len(data) > limit:
-        raise MessageError(f"{len(data)} bytes, where {limit} are the most")
+        raise MessageError(f"{len(data)} bytes, where at most {limit} are allowed")
     try:
         tensors = _read(safetensors.torch.load(data))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -78,11 +79,11 @@ def decode(
 # %% ../../nbs/76_machines.messages.ipynb #9353e49b
 def check(
     tensors: dict[str, Tensor],  # as they have arrived
-    due: dict[str, Tensor],  # the same names, types and shapes; numbers do not matter
+    due: dict[str, Tensor],  # what should arrive: names, types and shapes; their numbers do not matter
 ) -> None:
     "`MessageError` unless the tensors are those that are due."
     if tensors.keys() != due.keys():
-        raise MessageError(f"{sorted(tensors.keys() ^ due.keys())[:3]} missing or not asked for")
+        raise MessageError(f"names missing or not asked for: {sorted(tensors.keys() ^ due.keys())[:3]}")
     for name, tensor in tensors.items():
         is_, should = ((t.dtype, tuple(t.shape)) for t in (tensor, due[name]))
         if is_ != should:
@@ -104,7 +105,7 @@ def _check_labels(name: str, labels: Tensor, classes: int) -> None:
 
 def check_numbers(
     tensors: dict[str, Tensor],  # as they have arrived
-    classes: int,  # how many there are; of texts: tokens
+    classes: int,  # number of classes; of texts: of tokens
 ) -> None:
     "`MessageError` if a number is NaN, infinite, or outside the range of its kind."
     for name, tensor in tensors.items():

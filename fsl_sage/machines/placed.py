@@ -19,7 +19,7 @@ from ..networks.part import Part
 
 # %% ../../nbs/75_machines.placed.ipynb #42859e6a
 class _Absent(torch.autograd.Function):
-    "From a tensor that is not here to another one, and back."
+    "An output without numbers for an input without numbers; backwards likewise for their gradients."
 
     @staticmethod
     def forward(ctx, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -46,7 +46,7 @@ def _shape_of(model: nn.Module, x: Tensor) -> torch.Size:
 
 @dataclass
 class Placed(Part):
-    "A part that computes and steps where its input is here, and gives shapes where it is not."
+    "A part that computes and steps if its input has numbers, and gives shapes if it has none."
 
     shapes: dict[torch.Size, torch.Size] = field(default_factory=dict)  # of inputs → of outputs
 
@@ -67,13 +67,13 @@ class Placed(Part):
         loss: Tensor,  # scalar, or with `gradient` any tensor
         gradient: Tensor | None = None,  # ∂ℓ/∂loss
     ) -> None:
-        "Back-propagate and take one step of the optimiser, if the loss is here; else only give shapes to gradients."
+        "Back-propagate and step if the loss has numbers; if it has none, only give the gradients their shapes."
         if not loss.is_meta:
             return super().step(loss, gradient)
         if loss.requires_grad:
             loss.backward(gradient)
         if self.schedule is not None and self.learns:
-            self.schedule.step()  # the server's history has the clients' rates
+            self.schedule.step()  # so that every place knows the present rate of every part
 
 # %% ../../nbs/75_machines.placed.ipynb #7feb5fc9
 def placed(part: Part) -> Placed:
@@ -83,9 +83,9 @@ def placed(part: Part) -> Placed:
 
 
 def elsewhere(
-    part: Part,  # for its model's shapes; nothing of it is changed
+    part: Part,  # for its model's shapes; stays as it is
 ) -> Placed:
-    "A part that is stepped in another place."
+    "A part that steps at another place."
     idle = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=0)
     return Placed(part.model, idle, None, part.precision, fixed=part.fixed)
 
@@ -111,7 +111,7 @@ class Outline:
         rnd: int,  # round
         epoch: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        "The batches' shapes, the last one as short as it comes out."
+        "The batches' shapes; the last batch holds the samples that are left."
         starts = range(0, self.samples, self.batch_size)
         shapes: list[tuple[int, ...]] = [self.image_shape] * len(starts)
         text = len(self.image_shape) == 1
