@@ -50,7 +50,7 @@ def _register(
     part: Any,  # what is decorated
     taken: bool,  # whether there is a part of this name
     put: Callable[[], object],  # adds the part
-    undo: Callable[[], object],  # takes it out
+    undo: Callable[[], object],  # removes it
 ) -> None:
     plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w.-]*(/\w+)?", name) is not None
     where, kind = f"@{decorator}", {"network": "model", "decoder": "model"}.get(decorator, decorator)
@@ -68,7 +68,7 @@ def _register(
 def forget(
     home: str,  # the path of a file, as in FILES
 ) -> None:
-    "Take out all parts of a plug-in."
+    "Remove all parts of a plug-in."
     for key in [key for key, tag in PLUGGED.items() if home_of(tag) == home]:
         UNDO.pop(key)()
         del PLUGGED[key]
@@ -115,7 +115,7 @@ def dataset(
 def vocabulary(
     name: str,  # the word for `dataset.vocabulary`
 ) -> Callable[[Callable[..., Vocabulary]], Callable[..., Vocabulary]]:
-    """Make `f(texts, root) -> Vocabulary` a tokenizer: of the training set's texts, and the folder with data sets.
+    """Make `f(texts, root) -> Vocabulary` a tokenizer. It gets the training set's texts and the folder with data sets.
 
     >>> from fsl_sage import load, vocabulary
     >>> @vocabulary("characters")
@@ -175,7 +175,7 @@ def decoder(
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Make `f(vocabulary, width, blocks, heads, context) -> nn.Module`, from tokens to logits, a language model.
 
-    The last three are None unless the experiment says them. A model of transformers gets the experiment's adapters.
+    The last three are None unless the experiment sets them. A model of transformers gets the experiment's adapters.
 
     >>> from fsl_sage import decoder, preset
     >>> from transformers import AutoModelForCausalLM, LlamaConfig
