@@ -257,7 +257,7 @@ def test_why_a_client_is_not_let_in(keys, tmp_path, monkeypatch):
         assert "is not for this address" in knock_says(named, server / "ca.pem")
         assert "does not speak TLS" in knock_says(plain.address, server / "ca.pem")
         assert "without TLS, or is no server of fsl_sage" in knock_says(shown.address)
-    assert "nobody listens" in knock_says(shown.address)
+    assert "no server listens" in knock_says(shown.address)
     assert "no machine of this name" in knock_says("no.such.machine.invalid:1")
 
 
@@ -295,7 +295,7 @@ def test_why_a_key_is_not_let_in(link, keys, monkeypatch):
     ca = keys[0] / "ca.pem"
     assert knock(link.address, ca, own_key(keys[1])) == "client-0"
     assert "does not know this key" in knock_says(link.address, ca, own_key(keys[2]))
-    assert "only who has a key" in knock_says(link.address, ca)
+    assert "only clients that have one" in knock_says(link.address, ca)
     for seconds, says in ((60, "seconds ahead of"), (-600, "seconds behind")):
 
         class Clock(datetime):
