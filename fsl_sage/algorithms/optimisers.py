@@ -31,14 +31,14 @@ def schedule_factor(
     schedule: SchedulerConfig,  # fraction, cyclic, cosine or warmup
     rounds: int | None,  # of the whole run; fraction and cosine need it
 ) -> Callable[[int], float]:  # round → factor on the learning rate
-    "What `schedule` makes of a rate of 1. `ValueError` if it needs the number of rounds and does not get it."
+    "The factor of `schedule` in each round. `ValueError` if it needs the number of rounds and `rounds` is None."
     gamma, step = schedule.gamma, schedule.step_size
     if schedule.name == "cyclic":
         return lambda rnd: gamma + (1 - gamma) * (1 - abs(rnd / step % 2 - 1))
     rise = schedule.warmup_rounds
     if schedule.name == "warmup":
         return lambda rnd: min(1.0, (rnd + 1) / (rise + 1))
-    require(rounds is not None, "rounds", rounds, f"known to the schedule {schedule.name!r}")
+    require(rounds is not None, "rounds", rounds, f"the number of rounds, which the schedule {schedule.name!r} needs")
     if schedule.name == "cosine":
         return lambda rnd: _cosine(rnd, rounds, rise, gamma)
     drop = int(schedule.fraction * rounds + 1e-9)  # 0.29 · 100 is not quite 29
@@ -48,8 +48,8 @@ def schedule_factor(
 def _scheduler(
     optimizer: torch.optim.Optimizer, schedule: SchedulerConfig | None, rounds: int | None
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    "The schedule of `optimizer`'s rate, in rounds."
-    if schedule is None or schedule.name == "warmup_linear":  # which a `StepSchedule` is
+    "The schedule of `optimizer`'s rate per round; None if there is none."
+    if schedule is None or schedule.name == "warmup_linear":  # a `StepSchedule`, in steps
         return None
     if schedule.name == "step":
         return torch.optim.lr_scheduler.StepLR(optimizer, schedule.step_size, schedule.gamma)
@@ -107,8 +107,8 @@ def make_part(
     config: OptimizerConfig,  # with its schedule, if any
     rounds: int | None = None,  # of the whole run, for a schedule by fraction
     precision: str = "fp32",  # one of PRECISIONS
-    totals: Sequence[int] = (1,),  # steps in the whole run, one for each client whose part it may be; likewise
-    keeps: bool = False,  # whether what is frozen is `fixed`: all have it, and it is never sent again
+    totals: Sequence[int] = (1,),  # steps in the whole run, one entry per client, for a schedule in steps
+    keeps: bool = False,  # whether frozen weights are `fixed`: sent once, before the first round
 ) -> Part:
     "`model` with a fresh optimiser and schedule."
     parameters = list(model.parameters()) or [nn.Parameter(torch.empty(0), requires_grad=False)]

@@ -74,7 +74,7 @@ def preset(
 
 # %% ../../nbs/26_config.presets.ipynb #d51a798e
 def annotated(namespace: dict[str, Any]) -> dict[str, Any]:  # types, or texts that are types
-    "The annotated names of a notebook or a module; Python 3.14 keeps no `__annotations__` of executed statements."
+    "The annotated names of a notebook or a module. Python 3.14 has no `__annotations__` of cells, so cells are read."
     known = dict(namespace.get("__annotations__") or {})
     for cell in namespace.get("In", ()):
         with suppress(SyntaxError):  # a cell with magics
@@ -90,7 +90,7 @@ def check_parameters(
 ) -> None:
     """Give the notebook's parameters their annotated types.
 
-    `ValueError` if papermill injected one that the notebook does not annotate, one of another type, or no preset."""
+    `ValueError` if papermill injected an unknown parameter, a value of another type or an unknown preset."""
     known = annotated(namespace)
     for cell in namespace.get("In", ()):
         if cell.startswith("# Parameters"):  # papermill's mark on the cell it injects
