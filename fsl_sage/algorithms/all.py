@@ -9,6 +9,7 @@ __all__ = ['ALGORITHMS', 'LABELS', 'CONTROLS', 'cost_words']
 from collections.abc import Mapping
 from typing import Any
 
+from .asynchronous import ASYNC_SPLITFED, GAS
 from .baselines import CENTRALISED, CSE_FSL, FED_AVG, PSL, SFL, SPLITFED_MS, SPLITFED_SS, SSL
 from .controls import FIXED_AUXILIARY, FROZEN_CLIENT, TRUE_GRADIENT
 from .record import Algorithm
@@ -22,7 +23,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     record.name: record
     for record in (
         CENTRALISED, FED_AVG, SPLITFED_SS, SPLITFED_MS, CSE_FSL, FROZEN_CLIENT, FIXED_AUXILIARY, TRUE_GRADIENT, SAGE,
-        SAGE_SPLIT_LR, HERON, HO_SFL, HOSL, SSL, PSL, SFL, SGLR,
+        SAGE_SPLIT_LR, ASYNC_SPLITFED, GAS, HERON, HO_SFL, HOSL, SSL, PSL, SFL, SGLR,
     )
 }  # by name  # fmt: skip
 LABELS = {name: record.label or name for name, record in ALGORITHMS.items()}  # what legends call them

@@ -7,7 +7,7 @@ __all__ = ['ONCE', 'EACH', 'SIDE_BY_SIDE', 'IN_TURN', 'IN_STEP', 'LOSS', 'GRADIE
            'begin', 'Algorithm', 'label']
 
 # %% ../../nbs/32_algorithms.record.ipynb #678593b9
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -98,6 +98,7 @@ class Algorithm(NamedTuple):
     warm_up: str = ""  # the algorithm whose round is made in rounds before round 0
     order: str = SIDE_BY_SIDE  # or IN_TURN, IN_STEP
     cost: RoundCost | None = None  # None: not known; then there is no simulated clock
+    schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → events; None: rounds are for all
     u_shaped: RoundCost | None = None  # likewise where labels stay at the clients (model.head_cut); None: they cannot
     own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
     asked_once: bool = False  # a client needs no answer within a round, so it may be asked once a round

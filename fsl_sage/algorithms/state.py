@@ -124,6 +124,7 @@ class State:
     present: list[int] = field(init=False)  # the clients of this round, in ascending order
     previous: list[int] = field(init=False)  # those of the round before
     averaged: list[str] = field(init=False, default_factory=list)  # kinds of models that the last round has averaged
+    events: Sequence[Any] = field(init=False, default=())  # of this round, where the algorithm's record has a schedule
 
     def __post_init__(self):
         self.present = self.previous = list(range(len(self.data)))

@@ -98,7 +98,7 @@ def rounds(run: Run) -> Iterator[Round]:
     state, ledger, record = run.state, run.ledger, record_of(run.state.experiment)
     attending, ledger.coders = iter(run.attending), coders(state.experiment.codec, state.experiment.sampling_seed)
     while not is_spent(state.experiment, ledger) and (attendance := next(attending, None)):
-        rnd, sent = attendance.round, len(ledger.transfers)
+        rnd, sent, state.events = attendance.round, len(ledger.transfers), attendance.events
         take_part(state, attendance.clients, rnd, ledger)
         with arithmetic(state.experiment.precision), round_stream(state) as moved:
             metrics = record.round_at(rnd)(state, rnd, ledger)

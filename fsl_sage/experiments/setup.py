@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_rgb32', 'hold_out', 'prepare', 'client_data', 'label_shares', 'Register', 'register_of', 'set_up', 'cuts_in_time',
-           'client_memory_of']
+           'client_memory_of', 'events_of']
 
 # %% ../../nbs/43_experiments.setup.ipynb #e63eef76
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -19,7 +20,7 @@ from ..algorithms.state import State
 from ..config.experiment import Experiment
 from ..config.settings import record_of
 from ..core import arithmetic, generator, require
-from ..costs.clock import attended_seconds, client_latency, speeds
+from ..costs.clock import attendances, attended_seconds, client_latency, speeds
 from ..costs.memory import ClientMemory, client_memory
 from ..costs.table import Costs, costs_of, costs_of_each, work_of
 from ..data.batches import ClientData
@@ -183,3 +184,15 @@ def client_memory_of(
 ) -> ClientMemory | None:  # None: the algorithm's record does not say what its clients hold
     "The bytes that the client with the largest batch holds in a step."
     return client_memory(set_up(experiment, root))
+
+# %% ../../nbs/43_experiments.setup.ipynb #b7deb68e
+def events_of(
+    experiment: Experiment,  # of an algorithm with a schedule, such as async_splitfed or gas
+    root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
+) -> pd.DataFrame:  # a row per event: round, second, client (-1: the server alone), what, step, staleness, weight
+    "What happens in asynchronous rounds, in the order of the simulated clock. `ValueError` if a run has none."
+    fine = "an algorithm with asynchronous rounds, such as async_splitfed"
+    require(record_of(experiment).schedule is not None, "algorithm.name", experiment.algorithm.name, fine)
+    register = register_of(set_up(experiment, root), experiment.clock is not None)
+    attending = attendances(experiment, register.samples, register.costs)
+    return pd.DataFrame([{"round": own.round} | event._asdict() for own in attending for event in own.events])
