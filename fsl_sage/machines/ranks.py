@@ -30,7 +30,7 @@ class RankMail:
     def __init__(
         self,
         place: int,  # SERVER, or a client's number
-        device: torch.device,  # where the group's messages must be: a GPU for NCCL, else the CPU
+        device: torch.device,  # of the group's messages: a GPU for NCCL, else the CPU
     ):
         self.place, self.device, self.sent = place, device, 0  # bytes this rank has sent
 
@@ -41,7 +41,7 @@ class RankMail:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
 
     def send(self, to: int, kinds: Sequence[str], data: bytes) -> None:
-        "To a place, SERVER or a client; returns when it is on its way."
+        "Send to a place, SERVER or a client; returns when the message is on its way."
         dist.send(self._room(data, len(data)), to + 1)
 
     def receive(self, source: int, kinds: Sequence[str], size: int) -> bytes:
@@ -51,7 +51,7 @@ class RankMail:
         return room.cpu().numpy().tobytes()
 
     def multicast(self, clients: Sequence[int], data: bytes | None, size: int) -> bytes | None:
-        "From the server, which has `data`, to `clients`; None at those that are not meant."
+        "Broadcast `data` from the server; None at places that are not in `clients`."
         room = self._room(data, size)
         dist.broadcast(room, 0)
         return room.cpu().numpy().tobytes() if self.place in clients else None
@@ -63,7 +63,7 @@ def train_on_ranks(
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     progress: bool = True,  # the server prints a line per round
 ) -> History | None:  # at the server; None at a client
-    "Run `experiment` in the process group that this process belongs to. `ValueError` if it is of another size."
+    "Run `experiment` in the process group that this process belongs to. `ValueError` if the group has another size."
     check_remote(experiment)
     n, place, device = experiment.num_clients, dist.get_rank() - 1, choose_device(device)
     fine = f"{n + 1} for a server and {n} clients"

@@ -42,7 +42,7 @@ def outline_of(
     data: ClientData | Outline,
     device: str | torch.device = "meta",
 ) -> Outline:
-    "What the server must know of `data`."
+    "What the other places must know of `data`."
     if isinstance(data, Outline):
         return replace(data, device=device)
     lengths = text_lengths(data.images.y).cpu() if data.images.is_text else None
@@ -53,17 +53,17 @@ def outline_of(
 def to_meta(
     part: Part,  # changed in place
 ) -> Part:  # the same
-    "Leave the model its shapes alone."
+    "Drop the numbers of the model; its shapes stay."
     part.model.to("meta")
     return part
 
 
 def take_places(
-    state: State,  # of all parts, as the algorithm has set it up; changed in place
+    state: State,  # with all parts, as the algorithm sets it up; changed in place
     ledger: WireLedger,  # of this place, with the records of the start
     own: ClientData | None = None,  # the client's data; None at the server
 ) -> None:
-    "Keep what belongs here."
+    "Keep the data and the models of this place; of the others keep outlines and shapes."
     me, at_clients = ledger.place, {"client_model", "aux_model"} | {transfer.kind for transfer in ledger.transfers}
     ledger.beside = uncounted(state)
     everyone: Sequence[Any] = state.data
@@ -82,7 +82,7 @@ def row_of(
     experiment: Experiment,
     data: ClientData | Outline,
 ) -> list[int]:  # samples, the shape of one, classes, the experiment's hash
-    "What a client says of its data."
+    "The row in which a client describes its data."
     return [len(data), *data.image_shape, data.num_classes, int(experiment.hash, 16) >> 1]
 
 
@@ -93,11 +93,11 @@ def row_due(experiment: Experiment) -> Tensor:
 
 def outlines(
     experiment: Experiment,
-    rows: Tensor,  # (clients, 4 or 6), as clients have said
+    rows: Tensor,  # (clients, 4 or 6), the clients' rows
     device: str | torch.device,
     lengths: Mapping[int, Tensor] | None = None,  # client → (samples,), of each text; None: not known
 ) -> list[Outline]:  # one per client
-    "What is known of all clients' data."
+    "Outlines of all clients' data."
     batch_size, seed, known = experiment.model.client.batch_size, experiment.sampling_seed, lengths or {}
     return [
         Outline(samples, tuple(shape), classes, batch_size, device, i, seed, known.get(i))
@@ -106,7 +106,7 @@ def outlines(
 
 # %% ../../nbs/78_machines.remote.ipynb #0c92fb73
 def says_lengths(experiment: Experiment) -> bool:
-    "Whether clients say how long their texts are: where more than models goes up."
+    "Do clients tell the lengths of their texts? Yes, if they send more than models."
     cost = record_of(experiment).cost
     return reads_text(experiment) and (cost is None or bool(cost.up))
 
@@ -114,15 +114,15 @@ def says_lengths(experiment: Experiment) -> bool:
 def lengths_due(
     samples: int,  # of the client
 ) -> dict[str, Tensor]:
-    "The message in which a client says them: its name, type and shape."
+    "The message with a client's lengths: its name, type and shape."
     return {"lengths.": torch.zeros(samples, dtype=torch.long)}
 
 
 def check_lengths(
-    lengths: Tensor,  # (samples,), as a client has said
+    lengths: Tensor,  # (samples,), from a client
     longest: int,  # tokens of a text, at most
 ) -> Tensor:  # the same
-    "`MessageError` unless texts may be so long."
+    "`MessageError` if a text is empty or too long."
     low, high = int(lengths.min()), int(lengths.max())
     if not 1 <= low <= high <= longest:
         raise MessageError(f"has texts of {low} to {high} tokens, where 1 to {longest} are allowed")
@@ -133,7 +133,7 @@ def meet_clients(
     experiment: Experiment,
     ledger: WireLedger,  # the server's
 ) -> list[Outline]:  # one per client, on the device
-    "The server's part: hear all, tell all. `MessageError` as `introduce` says."
+    "The server's part of `introduce`: receive every client's row, and send all rows to each client."
     n, due, lengths = experiment.num_clients, row_due(experiment), {}
     rows = torch.stack([ledger.receive(i, {"hello.": due})["hello."].cpu() for i in range(n)])
     for i, row in enumerate(rows):
@@ -152,9 +152,9 @@ def introduce(
     experiment: Experiment,
     ledger: WireLedger,
     own: ClientData | None = None,  # the client's data; None at the server
-    about: dict[str, Any] | None = None,  # what a client says of itself, in JSON
+    about: dict[str, Any] | None = None,  # more plain values of a client's introduction
 ) -> list[Outline]:  # one per client, on the device
-    "Get to know each other. `MessageError` if a client was started for another experiment or has other data."
+    "Exchange rows. `MessageError` if a client was started for another experiment or has other data."
     n, due = experiment.num_clients, row_due(experiment)
     if ledger.place == SERVER:
         return meet_clients(experiment, ledger)
@@ -175,7 +175,7 @@ def check_remote(experiment: Experiment) -> None:
     require(experiment.clock is None, "clock", experiment.clock, "left out between machines, where time is real")
     fine = "left out between machines, where a place has one part of a network and a client would have two"
     require(experiment.model.head_cut is None, "model.head_cut", experiment.model.head_cut, fine)
-    fine = "left out between machines: each place there knows the others' models by its own"
+    fine = "left out between machines: a client takes the others' models to have the shapes of its own"
     require(not experiment.model.cuts, "model.cuts", list(experiment.model.cuts), fine)
     experiment.algorithm.between_machines()
 
@@ -184,9 +184,9 @@ def join(
     experiment: Experiment,
     ledger: WireLedger,
     own: ClientData | None = None,  # the client's data; None at the server
-    about: dict[str, Any] | None = None,  # what a client says of itself, in JSON
+    about: dict[str, Any] | None = None,  # more plain values of a client's introduction
 ) -> State:  # of this place
-    "Set up this place's part of the federation; the initial models are sent."
+    "Set up this place's part of the federation, with the initial models from the server."
     check_remote(experiment)
     everyone = introduce(experiment, ledger, own, about)
     ledger.phase = "start"
@@ -201,7 +201,7 @@ def share_losses(
     metrics: Metrics,  # of this place's round; at the server the clients' losses are filled in
     ledger: WireLedger,
 ) -> None:
-    "Losses computed at clients become known to the server."
+    "Send the losses of this client to the server; at the server, receive those of all clients."
     losses = metrics.losses
     if ledger.place != SERVER:
         if own := [loss.value for loss in losses if not loss.value.is_meta]:
@@ -222,15 +222,15 @@ def share_losses(
 def rounds_of(
     experiment: Experiment,
     first: int = 0,  # the round to begin with
-    taking_part: Callable[[Experiment, int], Sequence[int]] = asked_clients,  # who takes part in a round
+    taking_part: Callable[[Experiment, int], Sequence[int]] = asked_clients,  # gives the clients of a round
 ) -> Iterator[Attendance]:  # one for each round that is left
-    "Who takes part in each round. `taking_part` is called when the round begins."
+    "The clients that take part in each round. `taking_part` is called when the round begins."
     return (Attendance(rnd, list(taking_part(experiment, rnd)), []) for rnd in range(first, experiment.rounds))
 
 
 @dataclass
 class WireRun(Run):
-    "A federation between two rounds, as one place has it."
+    "The state of one place between two rounds, with its ledger."
 
     ledger: WireLedger
 
@@ -248,15 +248,15 @@ def rounds_here(
         yield made
 
 # %% ../../nbs/78_machines.remote.ipynb #bce78222
-NOWHERE = -2  # a place that has nothing
-NOTE = 256  # bytes that a client's message may have for what it says beside its tensors
+NOWHERE = -2  # a place without data and parts
+NOTE = 256  # bytes of a client's message that its plain values may take
 
 
 def due_bytes(
     experiment: Experiment,
     client: Outline,  # a client's data
 ) -> int:  # at most
-    "Bytes of all messages that such a client sends in a round."
+    "Bytes of all messages that a client with this data sends in a round."
     alone = replace(client, device="cpu", lengths=None)
     ledger = WireLedger(place=NOWHERE)
     state = record_of(experiment).init(experiment, [alone], ledger)
@@ -276,7 +276,7 @@ def fetch_models(
     ledger: WireLedger,
     due: bool = False,  # at the server: whether the round is evaluated
 ) -> None:
-    "The server's copies become the clients' models, if the round is evaluated and does not end with that."
+    "Bring the clients' models to the server for an evaluation, in algorithms whose rounds do not send them."
     if record_of(state.experiment).evaluation_models is only_global:
         return
     for i in range(len(state.clients) if ledger.place == SERVER else 0):
@@ -299,7 +299,7 @@ def served(
     ledger: Ledger,
     stopped: str,  # as in `History`
 ) -> History:
-    "What the server's rounds so far leave behind."
+    "The history of the server's rounds so far."
     n = experiment.num_clients
     everybody = experiment.participation == 1 and all(row["participants"] == n for row in done.rounds)
     rounds = pd.DataFrame(done.rounds).drop(columns=["participants"] if everybody else [], errors="ignore")
@@ -311,7 +311,7 @@ def close_round(
     made: Round,
     run: WireRun,  # the server's
     bench: Bench,
-    done: Progress,  # moves on by a round
+    done: Progress,  # gets the row of this round
 ) -> None:
     "The end of a round, at the server. `DivergedError` if a loss is not finite; `MessageError` as `Guard.judge` says."
     state, ledger, experiment = run.state, run.ledger, run.state.experiment
@@ -334,9 +334,9 @@ def serve(
     state: State,  # the server's
     ledger: WireLedger,
     bench: Bench,
-    each_round: Callable[[Progress], None] = lambda done: None,  # told after each round
-    done: Progress | None = None,  # where to go on; None: from the start
-    taking_part: Callable[[Experiment, int], Sequence[int]] = asked_clients,  # who takes part in a round
+    each_round: Callable[[Progress], None] = lambda done: None,  # called after each round
+    done: Progress | None = None,  # of a checkpoint; None: from the first round
+    taking_part: Callable[[Experiment, int], Sequence[int]] = asked_clients,  # gives the clients of a round
 ) -> History:
     "All rounds that are left, at the server."
     experiment, done = state.experiment, done or Progress(0)
@@ -354,7 +354,7 @@ def serve(
 def line(
     done: Progress,
 ) -> None:
-    "Print what the last round has come to."
+    "Print the last round's accuracy and the bytes so far."
     row = done.rounds[-1]
     accuracy, spent = row["test_accuracy"], row["paper_bytes"] / 2**20
     print(f"round {row['round']}: accuracy {accuracy:.3f}, {spent:.1f} MiB", flush=True)
@@ -365,7 +365,7 @@ def attend(
     ledger: WireLedger,
 ) -> None:
     "All rounds, at a client."
-    state.experiment = state.experiment.replace(comm_threshold_mb=None)  # the server's ledger tells when it is spent
+    state.experiment = state.experiment.replace(comm_threshold_mb=None)  # only the server's ledger has all bytes
     for _ in rounds_here(WireRun(state, ledger, rounds_of(state.experiment))):
         fetch_models(state, ledger)
         if not ledger.receive(SERVER, {"more.": torch.tensor(True)})["more."]:
