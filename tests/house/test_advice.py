@@ -201,7 +201,7 @@ def a_larger_picture(tmp_path):
     def save(figure):
         save_figure(figure, tmp_path, "named", "a title", about_here("cpu"), preset="smoke", formats=["png"])
 
-    with pytest.warns(UserWarning, match="make it larger, or its words fewer"):
+    with pytest.warns(UserWarning, match="make the figure larger or its words shorter"):
         save(draw("word " * 40, 3))
     with warnings.catch_warnings(action="error"):
         save(draw("word " * 40, 20))
@@ -623,7 +623,7 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "make new ones with fsl-sage-federate certs": another_folder,
     "is not for this address: use a --host": another_folder,
     "is not for this name: use a --host": another_folder,
-    "make it larger, or its words fewer": a_larger_picture,
+    "make the figure larger or its words shorter": a_larger_picture,
     "rename the plug-in's module": another_module_name,
     "see --host and --port": "test_gate.py::test_a_port_that_another_program_has_is_refused_at_once",
     "ask its owner, or point FSL_SAGE_RUNS elsewhere": a_run_anew,
