@@ -45,7 +45,7 @@ class Embed(nn.Module):
         self,
         tokens: Tensor,  # (batch, L), int64, L at most `context`
     ) -> Tensor:  # (batch, L, W)
-        "What the first block gets."
+        "The input of the first block."
         return self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
 
 # %% ../../nbs/17_networks.gpt2.ipynb #83158d7d
@@ -108,7 +108,7 @@ class QueryKeyValue(Affine):
 
 # %% ../../nbs/17_networks.gpt2.ipynb #d79ef15f
 class Attention(nn.Module):
-    "Each position looks at itself and at those before it."
+    "Each position attends to itself and to earlier positions."
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class Block(nn.Module):
         self,
         x: Tensor,  # (batch, L, W)
     ) -> Tensor:  # (batch, L, W)
-        "The stream after the block."
+        "The input plus both terms."
         if not self.runs:
             return x
         x = x + self.attn(self.ln_1(x))
@@ -181,9 +181,9 @@ class Block(nn.Module):
 @torch.no_grad()
 def init_gpt2(
     model: nn.Module,  # of blocks; changed in place
-    blocks: int,  # of the whole network: what adds to the stream starts smaller in a deep one
+    blocks: int,  # of the whole network: in a deep one, each block's terms start smaller
 ) -> nn.Module:
-    "GPT-2's start: N(0, 0.02), projections into the stream N(0, 0.02/√(2·blocks)); adapters as loralib's."
+    "GPT-2's initial weights: N(0, 0.02), for `c_proj` N(0, 0.02/√(2·blocks)); adapters as loralib's."
     for name, tensor in model.named_parameters():
         leaf = name.rpartition(".")[2]
         if leaf == "lora_A":
@@ -205,14 +205,14 @@ def only_adapters(
         parameter.requires_grad_(".lora_" in name)
     return model
 
-
+# %% ../../nbs/17_networks.gpt2.ipynb #4053b62f
 def gpt2(
     vocabulary: int,  # V
     context: int,  # positions, ≥ 1
     width: int,  # W, a multiple of `heads`
     heads: int,  # H
     blocks: int,  # ≥ 1
-    adapter: Adapter | None = None,  # None: all is trained
+    adapter: Adapter | None = None,  # None: all weights are trained
 ) -> nn.Sequential:  # (batch, L) tokens to (batch, L, V) logits
     "GPT-2, freshly initialised: `embed`, `h0`, …, `ln_f`, `head`. `ValueError` if the heads do not divide the width."
     require(width % heads == 0, "model.width", width, f"such that {heads} heads share the {width} numbers of a vector")
@@ -229,15 +229,15 @@ def gpt2(
 
 @torch.no_grad()
 def tie(model: nn.Module) -> None:
-    "Make the head's numbers those of the token table."
+    "Copy the token table into the head."
     model.get_parameter("head.weight").copy_(model.get_parameter("embed.wte.weight"))
 
 # %% ../../nbs/17_networks.gpt2.ipynb #0832e01a
 def hugging_face_name(
-    name: str,  # in a network of ours, or in a half of it
-    first: int = 0,  # the number of the half's first block, which is called 0
+    name: str,  # in a network from `gpt2`, or in a half of it
+    first: int = 0,  # number of the half's first block, which becomes block 0
 ) -> str:
-    "What Hugging Face calls the tensor."
+    "Hugging Face's name of the tensor."
     if name.startswith("head."):
         return f"lm_{name}"
     renumbered = re.sub(r"^h(\d+)\.", lambda found: f"h.{int(found[1]) - first}.", name.removeprefix("embed."))
@@ -248,10 +248,10 @@ def hugging_face_name(
 def load_hugging_face(
     model: nn.Module,  # of `gpt2`; changed in place
     tensors: Mapping[str, Tensor],  # by Hugging Face's names
-    where: str = "the file",  # it came from, for messages
+    where: str = "the file",  # the source, for messages
 ) -> nn.Module:
     "Give the network these weights; adapters stay. `ValueError` names the first tensor that is missing or unfit."
-    ours = "embed.wte.weight" in tensors  # a network of ours, as `export_model` writes it
+    ours = "embed.wte.weight" in tensors  # from `export_model`
     known = {hugging_face_name(name) if ours else name: tensor for name, tensor in tensors.items()}
     known |= {f"transformer.{name}": t for name, t in known.items() if not name.startswith(("transformer.", "lm_head"))}
     for name, parameter in model.named_parameters():
@@ -273,7 +273,7 @@ _root: ContextVar[str | Path | None] = ContextVar("where weights are looked for"
 def weights_in(
     root: str | Path | None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> Iterator[None]:
-    "Networks that are built within the block find their pretrained weights there."
+    "Networks that are built within the block look for pretrained weights in `root`."
     token = _root.set(root)
     try:
         yield
@@ -315,7 +315,7 @@ class Decoder(NamedTuple):
     heads: int  # H
     blocks: int
     context: int  # positions
-    client_blocks: int  # blocks of the client, where it is cut unless another cut is asked for
+    client_blocks: int  # blocks of the client at the default cut
     auxiliary_blocks: int  # blocks of its auxiliary model
 
 
@@ -362,9 +362,9 @@ def blocks_of(
 
 def leave_out_blocks(
     half: nn.Module,  # a server's half, or an auxiliary model; changed in place
-    after: int,  # so many of its first blocks are computed
+    after: int,  # number of its first blocks that are computed
 ) -> int:  # blocks that are computed
-    "Let the half's later blocks hand on what they get, as the released code's do."
+    "Let the half's later blocks return their inputs, as the released code's do."
     blocks = blocks_of(half)
     for j, block in enumerate(blocks):
         block.runs = j < after

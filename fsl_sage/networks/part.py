@@ -22,12 +22,12 @@ from .recording import Recorder, recorded
 # %% ../../nbs/16_networks.part.ipynb #9078a64c
 @dataclass
 class Draws:
-    "The random streams of a federation's layers."
+    "The random streams for the layers of all parts in a run."
 
     seed: int  # ≥ 0
     device: torch.device  # of the parts
     rnd: int = 0  # the round
-    in_work: bool | None = None  # whether an algorithm's own work draws; None: not yet known
+    in_work: bool | None = None  # whether the algorithm's own code draws; None: not yet known
     passes: Counter[tuple[str | int, ...]] = field(default_factory=Counter)  # so far in this round, by address
 
     def begin(self, rnd: int) -> None:
@@ -36,7 +36,7 @@ class Draws:
         self.passes.clear()
 
     def stream(self, *address: str | int) -> AbstractContextManager[Callable[[], bool]]:
-        "`random_stream` for the next pass of this address."
+        "`random_stream` for the next pass of the part with this address."
         number = self.passes[address]
         self.passes[address] += 1
         return random_stream(generator(self.seed, "draw", *address, self.rnd, number), self.device)
@@ -46,13 +46,13 @@ _DRAWING = threading.RLock()  # the global streams are the process's: one thread
 
 # %% ../../nbs/16_networks.part.ipynb #f51d0184
 class StepSchedule:
-    "A rate that rises from 0 to its value in `warmup` steps and falls to 0 at the last step, in straight lines."
+    "A learning rate that rises linearly from 0 in `warmup` steps, and falls linearly to 0 at the last step."
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,  # whose rates are set
         warmup: int,  # steps until the rate is reached, ≥ 0
-        totals: Sequence[int],  # steps of the whole run, one for each client whose part this may be
+        totals: Sequence[int],  # steps of the whole run, per client that may use this part; or one number for all
     ):
         self.optimizer, self.warmup, self.totals = optimizer, warmup, totals
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -61,9 +61,9 @@ class StepSchedule:
 
     def follow(
         self,
-        client: int,  # whose part it is now
+        client: int,  # that uses the part now
     ) -> None:
-        "Set the rates to those of this client at the step that is reached."
+        "Set the learning rates for this client at the current step."
         self.total = self.totals[client if len(self.totals) > 1 else 0]
         n, w = int(self.made), self.warmup
         factor = n / max(1, w) if n < w else max(0.0, (self.total - n) / max(1, self.total - w))
@@ -72,24 +72,24 @@ class StepSchedule:
             group["lr"] = rate * factor
 
     def step(self) -> None:
-        "The optimiser has made a step."
+        "Count one step of the optimiser, and set the next rate."
         self.made += 1
         self.follow(self.client)
 
 # %% ../../nbs/16_networks.part.ipynb #ce7c2f9b
 @dataclass
 class Part:
-    "A model at one place, with what trains it."
+    "A model on one machine, with its optimiser and schedules."
 
     model: nn.Module  # the client's, the server's or the auxiliary model
     optimizer: torch.optim.Optimizer  # of all its parameters
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # stepped once a round
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None  # stepped once per round
     precision: str = "fp32"  # of forward and backward passes; parameters and what crosses the cut are float32 always
     draws: Draws | None = None  # None: its layers draw nothing in training
     owner: tuple[str | int, ...] = ()  # the address of its streams: its kind and its client
     recorder: Recorder | None = field(default=None, compare=False, repr=False)  # of its steps, on a GPU
-    fixed: frozenset[str] = frozenset()  # names of parameters that all have from the start and nobody trains
-    schedule: StepSchedule | None = None  # moves on with each step of the optimiser
+    fixed: frozenset[str] = frozenset()  # names of parameters that all machines have from the start, never trained
+    schedule: StepSchedule | None = None  # one step per step of the optimiser
     correction: Callable[[], None] | None = field(default=None, repr=False)  # changes gradients before each step
 
     def __call__(
@@ -118,7 +118,7 @@ class Part:
         loss: Tensor,  # scalar, or with `gradient` any tensor
         gradient: Tensor | None = None,  # ∂ℓ/∂loss where `loss` is no scalar: the cut gradient
     ) -> None:
-        "Back-propagate and take one step of the optimiser; nothing where `loss` depends on nothing that is trained."
+        "Back-propagate and take one step of the optimiser. No step if `loss` depends on no trained parameter."
         if not loss.requires_grad:
             return
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,21 +130,21 @@ class Part:
             self.schedule.step()
 
     def exchanged(self) -> dict[str, Tensor]:  # they share the model's memory
-        "What messages, averages and checkpoints hold of the model: all but what is `fixed`."
+        "The tensors for messages, averages and checkpoints: all but those that are `fixed`."
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.fixed}
 
     def load(
         self,
         state: dict[str, Tensor],  # of a part of the same form, as `exchanged` gives it
     ) -> None:
-        "Take over another part's numbers. `ValueError` names a tensor that is missing, or not the part's."
+        "Copy another part's tensors. `ValueError` names a tensor that is missing or unknown."
         wrong = sorted(state.keys() ^ self.exchanged().keys())
         require(not wrong, "tensors", ", ".join(wrong[:3]), "those of a part of the same form, and all of them")
         self.model.load_state_dict(state, strict=not self.fixed)
 
     @property
     def player(self) -> Recorder | None:
-        "What plays its steps; None where they are done as they stand: layers draw, or rate or gradient are changed."
+        "What plays recorded steps; None if layers draw, or if steps change their rate or gradient."
         drawing = self.draws is not None and self.model.training
         changed = self.schedule is not None or self.correction is not None  # a recording holds its rate
         return None if drawing or changed else self.recorder
@@ -153,12 +153,12 @@ class Part:
         self,
         x: Tensor,  # images
     ) -> Tensor:  # smashed data
-        "A forward pass to which `backward` belongs."
+        "A forward pass; `backward` makes its step."
         return self(x) if self.player is None else self.player.forward(self, x)
 
     def backward(
         self,
-        smashed: Tensor,  # what `forward` gave
+        smashed: Tensor,  # the result of `forward`
         cut_grad: Tensor,  # ∂ℓ/∂smashed
     ) -> None:
         "Back-propagate from the cut and take one step of the optimiser."
@@ -197,8 +197,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 class NextToken:
     "The loss of predicting each next token (FSL-SAGE, released code, branch llm)."
 
-    smoothing: float = 0.0  # ε: part of the target that is spread over the vocabulary, in [0, 1)
-    masked: bool = True  # False: all positions count, those of padding and of the given text too
+    smoothing: float = 0.0  # ε: the part of the target spread evenly over the vocabulary, in [0, 1)
+    masked: bool = True  # False: all positions count, padding and the given text included
 
     def __call__(
         self,
@@ -220,9 +220,9 @@ class NextToken:
 @recorded
 def server_step(
     server: Part,  # the server's model and optimiser
-    smashed: Tensor,  # (batch, …) as it arrived: detached
+    smashed: Tensor,  # (batch, …), as received: detached
     labels: Tensor,  # (batch,)
-    return_cut_grad: bool = True,  # whether anyone will want the gradient at the cut
+    return_cut_grad: bool = True,  # whether to compute the gradient at the cut
     criterion: Callable[..., Tensor] = F.cross_entropy,  # (logits, labels) → mean loss; one of LOSSES
 ) -> tuple[Tensor, Tensor | None]:  # mean loss, detached; cut_grad, as `smashed`
     "Forward, backward and one optimiser step at the server (FSL-SAGE, step 2; SplitFed; SGLR, Sec. 2)."

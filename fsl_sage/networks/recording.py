@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/12_networks.recording.ipynb #67dbad29
 class Trained(Protocol):
-    "What is needed of a part here."
+    "A part, as far as this notebook needs it."
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -50,7 +50,7 @@ def _restore(part: Trained, before: Sequence[Tensor]) -> None:
 
 
 def _alike(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-3) -> bool:
-    "Whether both agree up to the rounding of another order of summation."
+    "Whether both agree up to rounding, which another order of summation changes."
     pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
     return all(bool((a - b).norm() <= tolerance * b.norm() + 1e-12) for a, b in pairs)
 
@@ -63,7 +63,7 @@ class OnGpu:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        "What is done within the block runs on the stream that records; PyTorch wants it so before a capture."
+        "The block runs on the recording stream, as PyTorch requires of the work before a capture."
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -72,9 +72,9 @@ class OnGpu:
 
     def record(
         self,
-        work: Callable[[], Any],  # on tensors that stay where they are; nothing is computed while it is recorded
+        work: Callable[[], Any],  # on tensors that keep their memory; recording computes nothing
         part: Trained,  # which `work` changes
-    ) -> tuple[Any, Callable[[], None]]:  # what it returns, overwritten by each play; how to play it
+    ) -> tuple[Any, Callable[[], None]]:  # the results, which each play overwrites; the function that plays it
         "A recording of `work`."
         graph, groups = torch.cuda.CUDAGraph(), part.optimizer.param_groups
         before = [group.get("capturable") for group in groups]
@@ -92,7 +92,7 @@ class OnGpu:
 
 # %% ../../nbs/12_networks.recording.ipynb #629ccc90
 class Pretended:
-    "Does what a recording does, on any device, for tests."
+    "Behaves like a CUDA graph on any device, for tests."
 
     def aside(self) -> AbstractContextManager[None]:
         "A CPU has no streams."
@@ -100,9 +100,9 @@ class Pretended:
 
     def record(
         self,
-        work: Callable[[], Any],  # on tensors that stay where they are
+        work: Callable[[], Any],  # on tensors that keep their memory
         part: Trained,  # which `work` changes
-    ) -> tuple[Any, Callable[[], None]]:  # what it returns, overwritten by each play; how to play it
+    ) -> tuple[Any, Callable[[], None]]:  # the results, which each play overwrites; the function that plays it
         "A recording of `work`: it does the work again and copies the results into the old places."
         before = _copies(part)
         out = work()
@@ -124,7 +124,7 @@ def _flat(out: Any) -> list[Tensor]:
 
 # %% ../../nbs/12_networks.recording.ipynb #38bfaf75
 def _place_of(tensor: Tensor) -> Tensor:
-    "Where a recording will look for what `tensor` is now."
+    "A copy of `tensor`, from which the recording reads."
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
@@ -146,7 +146,7 @@ class Take:
         self,
         *tensors: Tensor,  # of the form that was recorded
     ) -> Any:  # copies of the results
-        "What `work` gives, from the recording."
+        "The results of `work`, from the recording."
         for place, tensor in zip(self.places, tensors, strict=True):
             place.data.copy_(tensor)
         self._replay()
@@ -190,7 +190,7 @@ class Pair:
 
 # %% ../../nbs/12_networks.recording.ipynb #d56441ff
 class Recorder:
-    "Of one part: does work twice as it stands, then records it, compares, and plays it from then on."
+    "Runs a part's work twice, then records it, compares, and plays the recording from then on."
 
     def __init__(self, maker: Any):
         self.maker = maker
@@ -202,7 +202,7 @@ class Recorder:
     def __call__(
         self,
         work: Callable[..., Any],  # a function of a part and tensors
-        part: Trained,  # always the same
+        part: Trained,  # the same in all calls
         *tensors: Tensor,
     ) -> Any:
         "`work(part, *tensors)`"
@@ -230,7 +230,7 @@ class Recorder:
         part.step(out, grad) if take is None else take.backward(grad)
 
     def _take(self, what: Any, part: Trained, tensors: Sequence[Tensor], make: Callable, same: Callable) -> Any:
-        "The recording to play; None: do the work as it stands."
+        "The recording to play; None: run the function."
         key, made_of = _key(what, part, tensors), _made_of(part)
         if key in self.takes and (self.takes[key] is None or self._made_of[key] == made_of):
             return self.takes[key]
@@ -242,7 +242,7 @@ class Recorder:
         return self.takes[key]
 
     def _trial(self, what: Any, part: Trained, tensors: Sequence[Tensor], make: Callable, same: Callable) -> Any:
-        "A recording that does to the part what the work itself does to it; None, with a warning, if there is none."
+        "A recording that changes the part as the work does; None, with a warning, if there is none."
         before = _copies(part)
         try:
             with self.maker.aside():
@@ -251,7 +251,7 @@ class Recorder:
                 open_ended = any(tensor.requires_grad for tensor in results)
                 del results
             _restore(part, before)
-            if open_ended:  # what has a gradient still to come cannot be played
+            if open_ended:  # results that still need a gradient cannot be played
                 return None
             take = make()
             if _alike(same(what, part, tensors, take) + _copies(part), expected):
@@ -266,19 +266,19 @@ class Recorder:
 
 # %% ../../nbs/12_networks.recording.ipynb #f5750ec6
 def _key(what: Any, part: Trained, tensors: Sequence[Tensor]) -> tuple:
-    "What decides which recording fits."
+    "The key of a recording: it fits only calls with the same."
     forms = tuple((t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors)
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     return what, forms, flags, part.model.training
 
 
 def _is_fresh(part: Trained) -> bool:
-    "Whether its optimiser has moments, but not yet: they come with the first step."
+    "Whether its optimiser has yet to create its moments, in the first step."
     return not part.optimizer.state and part.optimizer.defaults.get("momentum", 1) != 0
 
 
 def _made_of(part: Trained) -> tuple:
-    "What a recording of the part holds: memory and learning rates."
+    "What a recording of the part contains: addresses and learning rates."
     rates = tuple(group["lr"] for group in part.optimizer.param_groups)
     addresses = tuple(tensor.data_ptr() for tensor in tensors_of(part))
     return addresses, rates
@@ -297,7 +297,7 @@ def _same_pair(what: Any, part: Trained, tensors: Sequence[Tensor], take: Pair |
 # %% ../../nbs/12_networks.recording.ipynb #fcd8d119
 def recorded(
     work: Callable[..., Any],  # (part, *tensors, **options) → a tensor or a tuple of tensors
-) -> Any:  # `as_it_stands` is the function without recordings, to be called inside of another one
+) -> Any:  # its `as_it_stands` is `work`, to be called within another recorded function
     "`work`, played from a recording where the part has a recorder."
     names, made = list(inspect.signature(work).parameters), {}
 
@@ -327,7 +327,7 @@ _maker: ContextVar[Callable[[], Any] | None] = ContextVar("how steps are recorde
 def recording(
     maker: Callable[[], Any] | None,  # OnGpu; None: nothing is recorded
 ) -> Iterator[None]:
-    "Parts that are made within the block have their steps recorded."
+    "Parts that are made within the block get a recorder."
     token = _maker.set(maker)
     try:
         yield
