@@ -40,7 +40,7 @@ def centralised_round(
     "Ordinary training: a round is `epoch` passes over all data."
     metrics = Metrics()
     for s, x, y in state.batches(0, rnd):
-        metrics.loss(0, s, whole_step(state.clients[0], state.servers[0], x, y, state.criterion))
+        metrics.loss(0, s, whole_step(state.clients[0], state.servers[0], x, y, state.criterion))  # (1)
     return metrics
 
 
@@ -70,7 +70,7 @@ class FedAvgSettings(Settings):
 
 
 def _shared(state: State) -> bool:
-    "Whether all clients hold one upper half; not in algorithms with other settings, which may call these functions."
+    "Whether all clients hold one upper half; False for algorithms whose settings have no `share_server`."
     return getattr(state.experiment.algorithm, "share_server", False)
 
 
@@ -83,7 +83,7 @@ def init_fed_avg(
     state = State(**init_parts(experiment, data, servers=len(data)))
     if _shared(state):
         shared, config = state.servers[0].model, experiment.model.server.optimizer
-        own = part_options(experiment, data, "server", len(data))  # an optimiser a client
+        own = part_options(experiment, data, "server", len(data))  # one optimiser per client
         state.servers = each_its_own([make_part(shared, config, **own) for _ in state.servers])
     broadcast(state, -1, ledger, client_model=state.clients, server_model=state.servers)
     return state
@@ -99,14 +99,14 @@ def fed_avg_round(
 
     def train_locally(i: int) -> None:
         for s, x, y in state.batches(i, rnd):
-            metrics.loss(i, s, whole_step(state.clients[i], state.servers[i], x, y, state.criterion))
+            metrics.loss(i, s, whole_step(state.clients[i], state.servers[i], x, y, state.criterion))  # (1)
 
     if _shared(state):
         for i in state.present:  # each goes on from where the one before left the shared half
             train_locally(i)
     else:
         list(each_client(state, train_locally))
-    aggregate(state, rnd, ledger, client_model=state.clients, server_model=state.servers)
+    aggregate(state, rnd, ledger, client_model=state.clients, server_model=state.servers)  # (2)
     return metrics
 
 
@@ -126,11 +126,11 @@ def exchange_step(
     criterion: Callable[..., Tensor],  # (logits, labels) → mean loss
 ) -> Tensor:  # mean loss, detached
     "Smashed data and labels go up, the gradient at the cut comes down (Thapa et al., 2022)."
-    smashed = client.forward(x)
+    smashed = client.forward(x)  # (3)
     at_server, labels = link.up(smashed=smashed, labels=y)
-    loss, cut_grad = server_step(server, at_server, labels, client.learns, criterion)
+    loss, cut_grad = server_step(server, at_server, labels, client.learns, criterion)  # (4)
     if client.learns:
-        client.backward(smashed, link.down(cut_grad=cut_grad))
+        client.backward(smashed, link.down(cut_grad=cut_grad))  # (5)
     return loss
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #65bea730
@@ -149,8 +149,8 @@ def u_shaped_step(
     features = server(at_server)
     at_client = link.down(features=features).requires_grad_()
     loss = criterion(head(at_client), y)
-    head.step(loss)
-    server.step(features, link.up(feature_grad=at_client.grad))
+    head.step(loss)  # (8)
+    server.step(features, link.up(feature_grad=at_client.grad))  # (9)
     if smashed.requires_grad:
         client.step(smashed, link.down(cut_grad=at_server.grad))
     return loss.detach()
@@ -176,8 +176,8 @@ def splitfed_round(
         for i in state.present:
             train_with_server(i)
     if many and not state.experiment.model.cuts:  # with these the servers' layers are averaged with the clients'
-        average(state, state.servers)  # among the servers: no client traffic
-    aggregate(state, rnd, ledger, client_model=state.clients)
+        average(state, state.servers)  # (7), among the servers: no client traffic
+    aggregate(state, rnd, ledger, client_model=state.clients)  # (6)
     return metrics
 
 
@@ -220,18 +220,17 @@ def cse_fsl_round(
     def client_steps(i: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         client, aux = state.clients[i], state.auxes[i]
         for s, x, y in state.batches(i, rnd):
-            smashed = client.forward(x)
+            smashed = client.forward(x)  # (3)
             if s % q == 0:
                 yield s, smashed.detach(), y
-            # the auxiliary model as the server
-            loss, cut_grad = server_step(aux, smashed.detach(), y, client.learns, state.criterion)
-            client.backward(smashed, cut_grad)
+            loss, cut_grad = server_step(aux, smashed.detach(), y, client.learns, state.criterion)  # (10)
+            client.backward(smashed, cut_grad)  # (11)
             metrics.loss(i, s, loss, at="aux")
 
     for i, s, smashed, labels in arrivals(state, client_steps):
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])
-    aggregate(state, rnd, ledger, client_model=state.clients, aux_model=state.auxes)
+        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])  # (4)
+    aggregate(state, rnd, ledger, client_model=state.clients, aux_model=state.auxes)  # (6)
     return metrics
 
 
@@ -279,15 +278,15 @@ def ssl_round(
     for i in state.present:
         link = ledger.link(rnd, i)
         arrived, last = link.down(client_model=state.clients[last]), i
-        model = {name: tensor.clone() for name, tensor in arrived.items()}  # this client may take the other's place
+        model = {name: tensor.clone() for name, tensor in arrived.items()}  # both clients may share their memory
         client = state.clients[i]
-        client.load(model)
+        client.load(model)  # (12)
         for s, x, y in state.batches(i, rnd):
-            smashed = client.forward(x)
+            smashed = client.forward(x)  # (3)
             at_server, labels = link.up(smashed=smashed, labels=y)
-            loss, cut_grad = server_step(server, at_server, labels, client.learns, criterion)
+            loss, cut_grad = server_step(server, at_server, labels, client.learns, criterion)  # (4)
             if client.learns:
-                client.backward(smashed, link.down(cut_grad=cut_grad))
+                client.backward(smashed, link.down(cut_grad=cut_grad))  # (5)
             metrics.loss(i, s, loss)
         link.up(client_model=client)
     return metrics
@@ -316,17 +315,14 @@ def psl_round(
     "Every step: all clients' smashed data in one server batch, each one's slice of the gradient back (SGLR, Sec. 2)."
     metrics, (server,), config = Metrics(), state.servers, state.experiment.algorithm
     for s, batches in state.parallel_batches(rnd):
-        # 1. Every client's forward pass; smashed data and labels go up.
-        smashed = [state.clients[i].forward(x) for i, x, _ in batches]
+        smashed = [state.clients[i].forward(x) for i, x, _ in batches]  # (3)
         arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
         at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
-        # 2. One loss over all samples, one step of the server.
-        loss, cut_grad = server_step(server, at_server, labels, state.clients_learn, state.criterion)
-        # 3. To each client its own slice; every client steps. (No slices for clients that have nothing to train.)
-        slices = cut_grad.split([len(z) for z in smashed]) if state.clients_learn else ()
+        loss, cut_grad = server_step(server, at_server, labels, state.clients_learn, state.criterion)  # (13)
+        slices = cut_grad.split([len(z) for z in smashed]) if state.clients_learn else ()  # (14)
         for z, own, (i, _, y) in zip(smashed, slices, batches, strict=state.clients_learn):
-            own = own * (len(labels) / len(y)) if config.per_client_loss else own
-            state.clients[i].backward(z, ledger.link(rnd, i).down(cut_grad=own))
+            own = own * (len(labels) / len(y)) if config.per_client_loss else own  # (15)
+            state.clients[i].backward(z, ledger.link(rnd, i).down(cut_grad=own))  # (5)
         metrics.loss(-1, s, loss)
     return metrics
 
@@ -338,7 +334,7 @@ def sfl_round(
 ) -> Metrics:
     "PSL's round; then the clients are averaged."
     metrics = psl_round(state, rnd, ledger)
-    aggregate(state, rnd, ledger, client_model=state.clients)
+    aggregate(state, rnd, ledger, client_model=state.clients)  # (6)
     return metrics
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #b48339d8
