@@ -26,14 +26,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         SAGE_SPLIT_LR, ASYNC_SPLITFED, GAS, HERON, HO_SFL, HOSL, SSL, PSL, SFL, SGLR,
     )
 }  # by name  # fmt: skip
-LABELS = {name: record.label or name for name, record in ALGORITHMS.items()}  # what legends call them
+LABELS = {name: record.label or name for name, record in ALGORITHMS.items()}  # their names in legends
 CONTROLS = tuple(name for name, record in ALGORITHMS.items() if record.control)
 
 # %% ../../nbs/37_algorithms.all.ipynb #456f095e
 def cost_words(
     record: Algorithm,
 ) -> dict[str, str]:  # client, server, up, down: formulas
-    "A client's round in words, for tables."
+    "The costs of a client's round as formulas, for tables."
     if record.cost is None:
         return dict.fromkeys(("client", "server", "up", "down"), "not known")
     cost = record.cost

@@ -30,9 +30,9 @@ def _mean(
     state: State,
     among: Sequence[int],  # clients
     tensors_of: Callable[[int], dict[str, Tensor]],  # client → its tensors by name
-    left_alone: Collection[str],  # names of those that training need not move
+    left_alone: Collection[str],  # names of entries that training does not change
 ) -> dict[str, Tensor]:
-    "The average with weights n_i/n among clients; what is left alone and the same everywhere stays exactly as it is."
+    "The average with weights n_i/n among clients; entries in `left_alone` that are equal everywhere stay bit-equal."
     total = sum(len(state.data[i]) for i in among)
     mean = weighted_average((tensors_of(i) for i in among), [len(state.data[i]) / total for i in among])
     if names := [n for n in left_alone if n in mean]:
@@ -42,10 +42,10 @@ def _mean(
 
 
 def average(
-    state: State,  # tells who is present, and with how many samples
-    parts: Sequence[Part],  # the same part of every client; each gets the average, that of its cut
+    state: State,  # with the present clients and their samples
+    parts: Sequence[Part],  # the same part of every client; overwritten by the average for its cut
 ) -> None:
-    "Replace each model, buffers included, by the weighted average of those present (FedAvg, McMahan et al., 2017)."
+    "Replace each model and its buffers by the weighted average of the present clients (FedAvg, McMahan et al., 2017)."
     for clients in state.by_cut:
         among = [i for i in clients if i in state.present]
         if not among:
@@ -64,7 +64,7 @@ def aggregate(
     ledger: Ledger,
     **groups: Sequence[Part],  # parts to exchange by kind, one per client: client_model=state.clients, …
 ) -> None:
-    "Clients send models, the server averages them with weights n_i/n and sends the average back; if it is time."
+    "Clients send models, the server averages them with weights n_i/n and sends it back, in rounds that average."
     if not state.experiment.algorithm.averages(rnd):
         state.averaged = []
         return
@@ -86,7 +86,7 @@ def broadcast(
     ledger: Ledger,
     **groups: Sequence[Part],  # parts to send by kind, one per client
 ) -> None:
-    "The server sends each client its models; what is fixed in them only before the first round."
+    "The server sends each client its models; frozen weights only before the first round."
     first = ledger.phase == "start"
     for i in state.present:
         message = {kind: parts[i].model if first else parts[i] for kind, parts in groups.items()}
@@ -96,7 +96,7 @@ def broadcast(
 def average_layers(
     state: State,  # with `model.cuts`
 ) -> None:
-    "Replace each layer by the weighted average of its copies, wherever they are."
+    "Replace each layer by the weighted average of its copies at clients and servers."
     many = len(state.servers) > 1
     held = {name for i in state.present for name in state.clients[i].exchanged()}
 
@@ -129,44 +129,46 @@ def whole_step(
 T = TypeVar("T")
 
 
-def each_client(
-    state: State,
-    work: Callable[[int], T],  # what client i does; touches nothing of the others
-) -> Iterator[T]:  # in the order of the clients
-    "Do `work` for every client that is present, side by side where that helps."
-    n, threads = len(state.data), torch.get_num_threads()
-    fleets = [parts for parts in (state.clients, state.servers, state.auxes) if isinstance(parts, Fleet)]
-    workers = min([threads, len(state.present), *(len(fleet.slots) for fleet in fleets)])
-
-    own, draws = ("algorithm", state.experiment.algorithm.name) in PLUGGED, state.draws
+def _pinning(state: State, work: Callable[[int], T]) -> Callable[[int], T]:
+    "`work`, during which the client's parts stay on the device."
+    groups = state.clients, state.servers, state.auxes
+    fleets = [parts for parts in groups if isinstance(parts, Fleet) and len(parts) == len(state.data)]
 
     def at_work(i: int) -> T:
         with ExitStack() as pinned:
             for fleet in fleets:
-                if len(fleet) == n:
-                    pinned.enter_context(fleet.pinned(i))
+                pinned.enter_context(fleet.pinned(i))
             return work(i)
 
+    return at_work
+
+
+def _streaming(state: State, work: Callable[[int], T]) -> Callable[[int], T]:
+    "`work` with a random stream of its own per client; notes in `state.draws` whether the client has drawn."
+    draws = state.draws
+
     def alone(i: int) -> T:
-        "At work, with a stream of its own."
         with draws.stream("work", i) as moved:
-            result = at_work(i)
+            result = work(i)
             draws.in_work = draws.in_work or moved()
         return result
 
-    if workers == 1 or state.device.type != "cpu":
-        yield from map(alone if own else at_work, state.present)
-        return
+    return alone
+
+# %% ../../nbs/31_algorithms.base.ipynb #0d2e0c70
+def _in_threads(state: State, work: Callable[[int], T], own: bool, workers: int) -> Iterator[T]:
+    "`each_client` in threads; `own`: the algorithm is the user's and may draw."
+    threads, draws = torch.get_num_threads(), state.draws
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             left = list(state.present)
             while own and left and draws.in_work is not False:
-                yield pool.submit(alone, left.pop(0)).result()
+                yield pool.submit(_streaming(state, work), left.pop(0)).result()
             if not own:
-                yield from pool.map(at_work, left)
+                yield from pool.map(work, left)
                 return
             with draws.stream("works") as moved:
-                results = list(pool.map(at_work, left))
+                results = list(pool.map(work, left))
                 late = moved()
         name = state.experiment.algorithm.name
         if late:
@@ -176,13 +178,27 @@ def each_client(
     finally:
         torch.set_num_threads(threads)  # a thread's own number reaches libraries that know only one for all
 
+# %% ../../nbs/31_algorithms.base.ipynb #1a9577bf
+def each_client(
+    state: State,
+    work: Callable[[int], T],  # the work of client i; changes nothing of the others
+) -> Iterator[T]:  # in the order of the clients
+    "Do `work` for every present client, in threads on a CPU with several cores."
+    fleets = [parts for parts in (state.clients, state.servers, state.auxes) if isinstance(parts, Fleet)]
+    workers = min([torch.get_num_threads(), len(state.present), *(len(fleet.slots) for fleet in fleets)])
+    own, at_work = ("algorithm", state.experiment.algorithm.name) in PLUGGED, _pinning(state, work)
+    if workers == 1 or state.device.type != "cpu":
+        yield from map(_streaming(state, at_work) if own else at_work, state.present)
+    else:
+        yield from _in_threads(state, at_work, own, workers)
+
 # %% ../../nbs/31_algorithms.base.ipynb #60051904
 def arrivals(
     state: State,
     client_steps: Callable[[int], Iterable[tuple]],  # client i's round: yields its uploads
-    waiting: bool = False,  # whether a client must see what the server does with an upload before it goes on
+    waiting: bool = False,  # whether a client waits for the server after each upload
 ) -> Iterator[tuple]:  # (client, *upload) in the order of arrival: client by client
-    "The uploads of all clients that are present."
+    "The uploads of all present clients."
     if waiting:
         rounds: Iterable[Iterable[tuple]] = (client_steps(i) for i in state.present)
     else:
@@ -203,10 +219,10 @@ class Loss(NamedTuple):
 # %% ../../nbs/31_algorithms.base.ipynb #e958a6d6
 @dataclass
 class Metrics:
-    "What one round observed."
+    "The losses and alignments of one round."
 
     losses: list[Loss] = field(default_factory=list)  # in the order of noting
-    alignments: list[dict[str, Any]] = field(default_factory=list)  # one row an alignment: client, errors, cosines
+    alignments: list[dict[str, Any]] = field(default_factory=list)  # one row per alignment: client, errors, cosines
 
     def loss(
         self,
@@ -234,7 +250,7 @@ def global_model(
 def only_global(
     state: State,
 ) -> list[nn.Module]:  # one, or one per client
-    "The models to evaluate where clients are averaged: one for all; one per client if they are not averaged yet."
+    "The models to evaluate if clients are averaged: one for all; one per client in rounds without an average."
     if not state.averaged and state.experiment.algorithm.differ():
         return [SplitModel(client.model, server_of(state, i).model) for i, client in enumerate(state.clients)]
     return [global_model(state)]
@@ -243,5 +259,5 @@ def only_global(
 def one_per_client(
     state: State,
 ) -> list[nn.Module]:  # one per client
-    "The models to evaluate where each client keeps its own: server ∘ client i."
+    "The models to evaluate if each client keeps its own: server ∘ client i."
     return [SplitModel(client.model, state.servers[0].model) for client in state.clients]

@@ -24,7 +24,7 @@ def n_active(
     fraction: float,  # φ in [0, 1]
     n_clients: int,  # |C|
 ) -> int:  # 0 … n_clients
-    "⌊φ·|C|⌉, halves rounded up."
+    "φ·|C| as the nearest whole number; halves are rounded up."
     return math.floor(round(fraction * n_clients, 9) + 0.5)  # 9 digits: 0.145 · 100 is not quite 14.5
 
 
@@ -34,10 +34,10 @@ def n_asked(experiment: Experiment) -> int:  # 1 … num_clients
 
 
 def asked_clients(
-    experiment: Experiment,  # its `participation` and the seed of that
-    rnd: int,  # round; everyone is asked for a warm start
+    experiment: Experiment,  # with `participation` and `participation_seed`
+    rnd: int,  # round; -1, the warm start, asks all clients
 ) -> list[int]:  # in ascending order
-    "Who is asked to take part in a round."
+    "The clients that are asked to take part in a round."
     n = experiment.num_clients
     if experiment.participation == 1 or rnd < 0:
         return list(range(n))
@@ -46,13 +46,13 @@ def asked_clients(
 
 # %% ../../nbs/30_algorithms.participation.ipynb #53e1342c
 def round_stream(state: State) -> AbstractContextManager[Callable[[], bool]]:  # tells whether something has been drawn
-    "Within the block, a round, the global streams are those of the round if the algorithm is the user's."
+    "Run a round in the block: for a user's algorithm, the global streams are those of the round."
     own = ("algorithm", state.experiment.algorithm.name) in PLUGGED
     return state.draws.stream("round") if own else nullcontext(lambda: False)
 
 # %% ../../nbs/30_algorithms.participation.ipynb #39994bc1
 def _begin_streams(state: State, rnd: int) -> None:
-    "The layers of a round draw from the round's streams."
+    "Let the layers of all parts draw from the round's streams."
     state.draws.begin(rnd)
     groups = {"client": state.clients, "server": state.servers, "aux": state.auxes}
     for kind in state.drawing:
@@ -71,7 +71,7 @@ def take_part(
     rnd: int,  # the round that begins
     ledger: Ledger,
 ) -> None:
-    "Begin a round of these clients: who was absent from the last one gets the newest average."
+    "Begin a round of these clients. A client that was absent from the last one receives the newest average."
     _begin_streams(state, rnd)
     state.previous, state.present = state.present, list(clients)
     groups = {kind: getattr(state, AVERAGED[kind]) for kind in state.averaged}
@@ -85,7 +85,7 @@ def require_only_present(
     state: State,
     sent: Sequence[Transfer],  # of the round
 ) -> None:
-    "`ValueError` if something was sent to or by a client that is absent: the algorithm does not heed `state.present`."
+    "`ValueError` if an absent client sent or received something: the algorithm ignores `state.present`."
     strangers = sorted({transfer.client for transfer in sent} - set(state.present))
     fine = f"an algorithm whose rounds go over state.present; here clients {strangers} were not asked"
     require(not strangers, "algorithm.name", state.experiment.algorithm.name, fine)

@@ -29,7 +29,7 @@ class Amount(NamedTuple):
 
 
 def every(
-    setting: str,  # the name of a whole number of the settings: local steps from one to the next
+    setting: str,  # the name of the setting q: local steps from one upload to the next
 ) -> Amount:
     "For each sample of the steps 0, q, 2q, …"
     return Amount("u", lambda settings, batches: sum(batches[:: getattr(settings, setting)]))
@@ -55,16 +55,16 @@ class RoundCost(NamedTuple):
     up: Mapping[str, Amount] = {}  # bytes to the server, besides the averaged models
     down: Mapping[str, Amount] = {}  # bytes to the client, likewise
     averaged: tuple[str, ...] = ()  # bytes of models: up, down, and down once more to a client that was absent
-    together: Mapping[str, Amount] = {}  # bytes down in each step of the longest client, where they work in step
-    returning: tuple[str, ...] = ()  # bytes of other models that come down to a client that was absent
-    aligned: tuple[str, ...] = ()  # bytes of models that come down in a round in which the client is aligned
+    together: Mapping[str, Amount] = {}  # bytes down in each step of the longest client, if clients work in step
+    returning: tuple[str, ...] = ()  # bytes of other models that the server sends to a client that was absent
+    aligned: tuple[str, ...] = ()  # bytes of models that the server sends in a round that aligns
 
 
-SIDE_BY_SIDE = "side by side"  # how the clients' times make up a round's: the slowest decides
-IN_TURN = "in turn"  # likewise: their sum
-IN_STEP = "in step"  # likewise: the slowest of each step decides
-LOSS = "loss"  # what an auxiliary model is for: a loss of its own
-GRADIENT = "gradient"  # likewise: the gradient at the cut
+SIDE_BY_SIDE = "side by side"  # a round takes as long as its slowest client
+IN_TURN = "in turn"  # a round takes the sum of its clients' times
+IN_STEP = "in step"  # each step takes as long as its slowest client
+LOSS = "loss"  # an auxiliary model gives a loss of its own
+GRADIENT = "gradient"  # an auxiliary model estimates the gradient at the cut
 
 # %% ../../nbs/32_algorithms.record.ipynb #114740bd
 def begin(
@@ -72,7 +72,7 @@ def begin(
     data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> State:
-    "Fresh models as the algorithm's record says; the server sends the clients what they start from."
+    "Make fresh models as the algorithm's record says; the server sends the clients their first models."
     record = record_of(experiment)
     servers = len(data) if record.servers_per_client else 1
     state = State(**init_parts(experiment, data, servers, bool(record.auxiliary)))
@@ -80,57 +80,57 @@ def begin(
         broadcast(state, -1, ledger, **{kind: getattr(state, AVERAGED[kind]) for kind in record.starts})
     return state
 
-
+# %% ../../nbs/32_algorithms.record.ipynb #f3edfcd3
 class Algorithm(NamedTuple):
-    "All that there is to say about an algorithm."
+    "Everything that other modules know about an algorithm."
 
     name: str  # the word for `algorithm.name`
     run_round: Callable[[Any, int, Ledger], Metrics]  # one round of its own state, in place
     label: str = ""  # in legends and tables; empty: the name
-    style: Mapping[str, Any] = {}  # of its curves: Matplotlib's color, marker, linestyle; empty: the next that is free
+    style: Mapping[str, Any] = {}  # of its curves: Matplotlib's color, marker, linestyle; empty: the next free one
     settings: type[Settings] = Settings  # its own numbers
     init: Callable[[Experiment, Sequence[LocalData], Ledger], State] = begin  # fresh state; sends the initial models
     evaluation_models: Callable[[State], list[nn.Module]] = only_global  # what to test; their accuracies are averaged
     starts: tuple[str, ...] = ("client_model",)  # kinds of models that `begin` sends to each client
     servers_per_client: bool = False  # a server for each client, not one for all
     own_models: bool = False  # clients keep models of their own: one for each is evaluated
-    auxiliary: str = ""  # LOSS or GRADIENT: what clients have an auxiliary model for; empty: they have none
-    warm_up: str = ""  # the algorithm whose round is made in rounds before round 0
+    auxiliary: str = ""  # LOSS or GRADIENT, what the clients' auxiliary models give; empty: there are none
+    warm_up: str = ""  # the algorithm that runs in rounds before round 0
     order: str = SIDE_BY_SIDE  # or IN_TURN, IN_STEP
-    cost: RoundCost | None = None  # None: not known; then there is no simulated clock
+    cost: RoundCost | None = None  # None: not known, so there is no simulated clock
     schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → events; None: rounds are for all
-    u_shaped: RoundCost | None = None  # likewise where labels stay at the clients (model.head_cut); None: they cannot
+    u_shaped: RoundCost | None = None  # the cost if labels stay at the clients (model.head_cut); None: not possible
     own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
     asked_once: bool = False  # a client needs no answer within a round, so it may be asked once a round
     alone: bool = False  # there is one client, with all data
-    control: bool = False  # not a method, but what methods are held against
+    control: bool = False  # not a method, but a control for methods
     presets: Mapping[str, Mapping[str, Any]] = PRESETS  # preset → fields by dotted name
 
     def cost_of(
         self,
         experiment: Experiment,
     ) -> RoundCost | None:
-        "What a round costs, by where its labels are."
+        "The cost of a round, with or without labels at the clients."
         return self.cost if experiment.model.head_cut is None else self.u_shaped
 
     def round_at(
         self,
         rnd: int,  # round; below 0: before round 0
     ) -> Callable[[State, int, Ledger], Metrics]:
-        "The round that is made then."
+        "The function that runs round `rnd`."
         return self.at(rnd).run_round
 
     def at(
         self,
         rnd: int,  # round
     ) -> "Algorithm":
-        "The record whose round is made then: in rounds before round 0 that of `warm_up`."
+        "The record whose round runs then: before round 0 that of `warm_up`."
         return self if rnd >= 0 or not self.warm_up else algorithms()[self.warm_up]
 
 # %% ../../nbs/32_algorithms.record.ipynb #3c3a9f39
 def label(
     experiment: Experiment,
 ) -> str:
-    "What legends call the experiment's algorithm."
+    "The name of the experiment's algorithm in legends."
     record = record_of(experiment)
     return (record.label or record.name) + experiment.algorithm.variant

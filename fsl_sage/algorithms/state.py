@@ -39,11 +39,11 @@ class LocalData(Protocol):
     "The data of one client."
 
     @property
-    def num_classes(self) -> int: ...  # of the whole problem, not only of the labels this client has; of texts: tokens
+    def num_classes(self) -> int: ...  # of the data set, not of this client alone; of texts: tokens of the vocabulary
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        "(channel, height, width); of texts (L,), the most tokens that one has"
+        "(channel, height, width); of texts (L,), the tokens of the longest"
         ...
 
     def __len__(self) -> int: ...  # samples
@@ -53,7 +53,7 @@ class LocalData(Protocol):
 # %% ../../nbs/29_algorithms.state.ipynb #b4e3c749
 @dataclass
 class FixedData:
-    "Samples in a fixed order, as they are."
+    "Samples in a fixed order, without augmentation."
 
     x: Tensor  # (n, channel, height, width); of texts (n, L), int64
     y: Tensor  # (n,); of texts (n, 2, L): targets, mask
@@ -69,7 +69,7 @@ class FixedData:
         return len(self.y)
 
     def batches(self, rnd: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        "The batches, the last one as short as it comes out."
+        "The batches; the last one may be shorter."
         return zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
 
 # %% ../../nbs/29_algorithms.state.ipynb #e63aee92
@@ -97,11 +97,11 @@ def evaluation_loss(
 
 def example_batch(
     shape: tuple[int, ...],  # of one sample: (channel, height, width), or (L,)
-    text: bool,  # whether it is one
+    text: bool,  # whether the sample is a text
     n: int = 2,  # samples; BatchNorm needs two
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:  # x, y
-    "A batch without content: images of one class, or texts of one token, all of which count."
+    "A batch of zeros: images of class 0, or texts of token 0 whose tokens all count in the loss."
     if text:
         x = torch.zeros(n, *shape, dtype=torch.long, device=device)
         return x, torch.ones(n, 2, *shape, dtype=torch.long, device=device)
@@ -112,18 +112,18 @@ def example_batch(
 class State:
     "A server and its clients between two rounds."
 
-    experiment: Experiment  # what was asked for
+    experiment: Experiment  # its description
     data: Sequence[LocalData]  # one per client
     clients: Sequence[Part]  # one per client; a Fleet where only some are on the device
     servers: Sequence[Part]  # one for all, or one per client
     auxes: Sequence[Part] = field(default_factory=list)  # one per client, or none
-    drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # of client, server, aux: those that draw
+    drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # those of client, server, aux that draw
     entries: list[nn.Module] = field(default_factory=list, kw_only=True)  # see `server_of`
     fast: bool = field(default=True, kw_only=True)  # whether the parts work in the fast memory layout
-    draws: Draws = field(init=False)  # where they draw from
+    draws: Draws = field(init=False)  # their random streams
     present: list[int] = field(init=False)  # the clients of this round, in ascending order
     previous: list[int] = field(init=False)  # those of the round before
-    averaged: list[str] = field(init=False, default_factory=list)  # kinds of models that the last round has averaged
+    averaged: list[str] = field(init=False, default_factory=list)  # kinds of models that the last round averaged
     events: Sequence[Any] = field(init=False, default=())  # of this round, where the algorithm's record has a schedule
 
     def __post_init__(self):
@@ -138,7 +138,7 @@ class State:
 
     @property
     def clients_learn(self) -> bool:
-        "Whether a gradient at the cut is of use to the clients: not if all of their weights are frozen."
+        "Whether the clients use a gradient at the cut; False if all of their weights are frozen."
         return self.clients[self.present[0]].learns
 
     @property
@@ -148,13 +148,13 @@ class State:
 
     @property
     def by_cut(self) -> list[list[int]]:
-        "The clients of each cut, whose parts have one form: all of them where there is one cut."
+        "The clients of each cut, whose parts have equal shapes; one list of all clients if there is one cut."
         cuts = self.experiment.model.cuts or [""] * len(self.data)
         return [[i for i, own in enumerate(cuts) if own == cut] for cut in dict.fromkeys(cuts)]
 
     @property
     def weights(self) -> list[float]:
-        "The share of each client that is present in the samples of all who are: n_i/n if no client is absent."
+        "Each present client's share of the samples of all present clients: n_i/n if no client is absent."
         total = sum(len(self.data[i]) for i in self.present)
         return [len(self.data[i]) / total for i in self.present]
 
@@ -169,7 +169,7 @@ class State:
         i: int,  # client
         rnd: int,  # round
     ) -> Iterator[tuple[int, Tensor, Tensor]]:  # local step s, x, y
-        "The batches of client `i` in round `rnd`, through all its local epochs, with the step's number."
+        "The batches of client `i` in round `rnd` with their steps, for all local epochs."
         epochs = range(self.experiment.model.client.epoch)
         return ((s, x, y) for s, (x, y) in enumerate(b for epoch in epochs for b in self.data[i].batches(rnd, epoch)))
 
@@ -177,7 +177,7 @@ class State:
         self,
         rnd: int,  # round
     ) -> Iterator[tuple[int, list[tuple[int, Tensor, Tensor]]]]:  # local step s; client, x, y of each that has a batch
-        "The present clients' batches side by side. `ValueError` if the clients cannot all be on the device at once."
+        "The present clients' batches, step by step. `ValueError` if the clients cannot all be on the device at once."
         return _side_by_side(self, rnd)
 
 # %% ../../nbs/29_algorithms.state.ipynb #55c4c29a
@@ -199,9 +199,9 @@ def _side_by_side(state: State, rnd: int) -> Iterator[tuple[int, list[tuple[int,
 def decoder_of(
     model: ModelConfig,  # its name is a language model's
     vocabulary: int,  # V
-    auxiliary: bool = False,  # whether an auxiliary model is wanted
+    auxiliary: bool = False,  # whether to make an auxiliary model
 ) -> tuple[SplitModel, nn.Module | None]:
-    "The language model that is described, cut, and its auxiliary model; they draw from PyTorch's own stream."
+    "The language model of a description, cut, and its auxiliary model; their weights come from PyTorch's stream."
     adapter, own = Adapter(**asdict(model.adapter)) if model.adapter else None, model.auxiliary
     asked = ("width", "cut", "blocks", "heads", "context", "pretrained")
     sizes: dict[str, Any] = {name: getattr(model, name) for name in asked}
@@ -215,7 +215,7 @@ def decoder_of(
 
 
 def _drops(layer: nn.Module) -> bool:
-    "Whether the layer leaves numbers out at random in training."
+    "Whether the layer has dropout."
     rates = [value for name, value in vars(layer).items() if name == "p" or name.endswith(("dropout", "dropout_p"))]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
@@ -223,7 +223,7 @@ def _drops(layer: nn.Module) -> bool:
 def _fresh_decoder(
     experiment: Experiment, data: Sequence[LocalData], auxiliary: bool, device: torch.device
 ) -> tuple[SplitModel, nn.Module | None, Trial]:
-    "`_fresh_models` of a language model. `ValueError` if a text is longer than its context."
+    "`_fresh_models` for a language model. `ValueError` if a text is longer than its context."
     (length,) = data[0].image_shape
     with random_stream(generator(experiment.init_seed, "init"), device):
         split, aux = decoder_of(experiment.model, data[0].num_classes, auxiliary)
@@ -238,10 +238,10 @@ def _fresh_decoder(
 def _fresh_models(
     experiment: Experiment,
     data: Sequence[LocalData],  # one per client
-    auxiliary: bool,  # whether an auxiliary model is wanted
+    auxiliary: bool,  # whether to make an auxiliary model
     device: torch.device,
 ) -> tuple[SplitModel, nn.Module | None, Trial]:
-    "The network and, if wanted, its auxiliary model; PyTorch's own stream stays where it is."
+    "The network and, if wanted, its auxiliary model; PyTorch's own stream is not advanced."
     kind = "text" if len(data[0].image_shape) == 1 else "images"
     first = next(name for name, network in MODELS.items() if network.reads == kind)
     fine = f"a network that reads {kind}, such as {first}, for dataset.name={experiment.dataset.name!r}"
@@ -273,7 +273,7 @@ def trains_on_one(
     model: nn.Module,  # stays as it is
     shape: tuple[int, ...],  # of one sample
 ) -> bool:
-    "Whether a batch of one sample can be trained on: BatchNorm refuses one whose layers end at 1 × 1 pixel."
+    "Whether the model can train on a batch of one sample. BatchNorm on a map of 1 × 1 pixel cannot."
     try:
         with random_stream(generator(0, "one sample")), torch.no_grad():
             deepcopy(model).cpu().train()(torch.zeros(1, *shape))
@@ -284,7 +284,7 @@ def trains_on_one(
 
 def _require_trainable(experiment: Experiment, data: Sequence[LocalData], network: nn.Module) -> None:
     "`ValueError` if some client's last batch is too small for `network`."
-    if reads_text(experiment):  # which has no BatchNorm
+    if reads_text(experiment):  # decoders have no BatchNorm
         return
     batch_size, sizes = experiment.model.client.batch_size, [len(local) for local in data]
     alone = [i for i, size in enumerate(sizes) if size % batch_size == 1 or batch_size == 1]
@@ -324,7 +324,7 @@ def part_options(
     kind: str,  # client, server or aux
     servers: int = 1,  # 1, or one per client
 ) -> dict[str, Any]:  # for `make_part`, besides model and optimiser
-    "What the parts of one kind must know of the run."
+    "The arguments of `make_part` that are the same for all parts of one kind."
     totals = own_steps(experiment, data, kind, servers)
     own = {"rounds": experiment.rounds, "precision": experiment.precision}
     return own | {"totals": totals, "keeps": reads_text(experiment)}
@@ -333,7 +333,7 @@ def part_options(
 def each_its_own(
     parts: Sequence[Part],  # one per client, or one for all
 ) -> Sequence[Part]:  # the same
-    "Each part's schedule is that of its client."
+    "Let the schedule of each part follow its client's steps."
     for i, part in enumerate(() if isinstance(parts, Fleet) else parts):
         if part.schedule is not None:
             part.schedule.follow(i)
@@ -346,7 +346,7 @@ def _splits(
     auxiliary: bool,  # whether clients have auxiliary models
     device: torch.device,
 ) -> dict[str, tuple[SplitModel, nn.Module | None, Trial]]:  # by cut, from the shallowest
-    "The same network, cut at each layer that a client has, with an auxiliary model for each; they share nothing."
+    "The network, cut at each of the clients' cuts, with an auxiliary model for each; they share no tensors."
     splits: dict[str, tuple[SplitModel, nn.Module | None, Trial]] = {}
     for cut in dict.fromkeys(experiment.model.cuts):
         own = replace(experiment.model, cut=cut, cuts=())
@@ -366,7 +366,7 @@ def _splits(
 def _parts_of_own_cuts(
     experiment: Experiment, data: Sequence[LocalData], servers: int, auxiliary: bool, device: torch.device
 ) -> dict[str, Any]:
-    "`init_parts` where clients have cuts of their own."
+    "`init_parts` for `model.cuts`."
     require_no_fleet(len(data), "where they have cuts of their own (model.cuts)")
     splits, model = _splits(experiment, data, auxiliary, device), experiment.model
 
@@ -392,8 +392,8 @@ def _parts_of_own_cuts(
 def server_of(
     state: State,
     i: int,  # client
-) -> Part:  # its model begins at the client's cut
-    "The server as client `i` meets it: its own, or the one for all from the client's cut on."
+) -> Part:  # its model begins at that client's cut
+    "The server for client `i`: its own server, or the layers of the common server above its cut."
     if len(state.servers) > 1:
         return state.servers[i]
     (server,) = state.servers
@@ -420,13 +420,13 @@ def init_parts(
     if aux is not None:
         _require_trainable(experiment, data, nn.Sequential(split.client, aux))
     if trial.fast:
-        fast_layout(nn.ModuleList([split, aux] if auxiliary else [split]))  # all in the same
+        fast_layout(nn.ModuleList([split, aux] if auxiliary else [split]))  # all in one layout
 
     def copies(kind: str, module: nn.Module, n: int) -> Sequence[Part]:
         options, config = part_options(experiment, data, kind, servers), getattr(model, NAMES[kind]).optimizer
         frozen = [p for p in module.to(device).parameters() if options["keeps"] and not p.requires_grad]
 
-        def make() -> Part:  # what all have from the start is in memory once
+        def make() -> Part:  # the copies share frozen weights
             return make_part(deepcopy(module, {id(p): p for p in frozen}).to(device).train(), config, **options)
 
         return each_its_own(one_part_each(make, n))
@@ -444,9 +444,9 @@ def init_parts(
 # %% ../../nbs/29_algorithms.state.ipynb #66eacd92
 def uncounted(
     state: State,
-    context: int | None = None,  # positions of the causal masks; None: those that the client knows
+    context: int | None = None,  # positions of the causal masks; None: as many as the client has positions
 ) -> dict[str, Beside]:  # for `Ledger.beside`
-    "What the convention `released` adds to each kind of transfer: for GPT-2, which the released code has."
+    "The bytes that the convention `released` adds to each kind of transfer; only for GPT-2."
     if state.experiment.model.name not in DECODERS:
         return {}
     parts = {"client_model": state.clients[0], "server_model": state.servers[0]}
@@ -464,7 +464,7 @@ def uncounted(
 
 # %% ../../nbs/29_algorithms.state.ipynb #83d1d25f
 def _left_alone(model: nn.Module) -> list[str]:
-    "Names of entries that training need not move: frozen parameters, and buffers but for BatchNorm's in training."
+    "Names of entries that training does not change: frozen parameters, and buffers except BatchNorm's in training."
     moved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training:
