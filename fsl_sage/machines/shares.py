@@ -26,7 +26,7 @@ from ..experiments.setup import client_data, prepare
 def private_folder(
     folder: str | Path,  # made if missing
 ) -> Path:
-    "A folder that only its owner can look into, if it is made here."
+    "The folder; if it is missing, make it so that only its owner can look into it."
     path = Path(folder)
     if not path.exists():
         path.mkdir(mode=0o700, parents=True)
@@ -37,14 +37,14 @@ def share_path(
     folder: str | Path,
     client: int,
 ) -> Path:
-    "Where a client's share is."
+    "The file of a client's share."
     return Path(folder) / f"client-{client}.npz"
 
-
+# %% ../../nbs/80_machines.shares.ipynb #7941a99d
 def arrays_of(
     data: ClientData,
 ) -> dict[str, np.ndarray]:  # by the names in `TEXT_SHARE` or `SHARE`
-    "What is in a client's file."
+    "The arrays of a client's file."
     tensors = {"labels": data.images.y, "num_classes": torch.tensor(data.num_classes)}
     if data.images.is_text:
         tensors["tokens"] = data.images.x
@@ -58,7 +58,7 @@ def write_shares(
     folder: str | Path,
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> list[Path]:  # one per client
-    "Write what each client of `experiment` has, readable by the owner. `ValueError` rather than change a file."
+    "Write each client's share, readable by the owner only. `ValueError` if one of the files exists already."
     paths = [share_path(private_folder(folder), i) for i in range(experiment.num_clients)]
     if there := [path for path in paths if path.exists()]:
         raise ValueError(f"{there[0]}: is there already, and may be in use; name another folder")
@@ -70,12 +70,12 @@ def write_shares(
     return paths
 
 # %% ../../nbs/80_machines.shares.ipynb #7f916f91
-SHARE = ("images", "num_classes", "labels", "mean", "std")  # what is in a file
-TEXT_SHARE = ("tokens", "num_classes", "labels")  # likewise, of texts
+SHARE = ("images", "num_classes", "labels", "mean", "std")  # arrays of a file
+TEXT_SHARE = ("tokens", "num_classes", "labels")  # arrays of a file with texts
 
 
 def _check(arrays: dict[str, np.ndarray], path: str | Path, name: str, ok: bool, must: str) -> None:
-    "`ValueError` that names the file, the array, what it is and what it must be, unless it is `ok`."
+    "Unless `ok`, a `ValueError` names the file, the array, what it is and what it must be."
     if not ok:
         array = arrays.get(name)
         has = "missing" if array is None else f"{array.dtype} {array.shape}"
@@ -107,7 +107,7 @@ def _check_texts(arrays: dict[str, np.ndarray], check: Callable[[str, bool, str]
 # %% ../../nbs/80_machines.shares.ipynb #ce011a43
 def check_share(
     arrays: dict[str, np.ndarray],  # by the names in `SHARE` or `TEXT_SHARE`
-    path: str | Path,  # where they were read, for the message
+    path: str | Path,  # their file, for the message
 ) -> None:
     "`ValueError` that names the file, the array, what it is and what it must be."
     check, text = partial(_check, arrays, path), "tokens" in arrays
@@ -153,6 +153,6 @@ def read_share(
 def described(
     path: str | Path,
 ) -> str:
-    "How much is in a share, for people."
+    "The number of images or texts in a share, in words."
     arrays = read_arrays(path)
     return f"{len(arrays['labels'])} {'texts' if 'tokens' in arrays else 'images'}"
