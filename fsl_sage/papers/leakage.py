@@ -69,15 +69,17 @@ def distance_correlation(
 # %% ../../nbs/68_papers.leakage.ipynb #6007ee2b
 def decoder(
     smashed_shape: Sequence[int],  # (channel, height, width)
-    image_shape: Sequence[int],  # (channel, height, width), the height 2^k times the smashed data's
+    image_shape: Sequence[int],  # (channel, height, width), no smaller
     width: int = 16,  # channels of the layers between
 ) -> nn.Sequential:  # smashed data to logits of pixels
-    "A small convolutional decoder. `ValueError` if the heights do not differ by a power of two."
-    times = image_shape[1] / smashed_shape[1]
-    require(math.log2(times).is_integer() and times >= 1, "image_shape", tuple(image_shape), "2^k times as high")
+    "A small convolutional decoder. `ValueError` for pictures smaller than their smashed data."
+    times, size = image_shape[1] / smashed_shape[1], (image_shape[1], image_shape[2])
+    require(times >= 1, "image_shape", tuple(image_shape), "at least as high as the smashed data")
+    steps = math.ceil(math.log2(times))
     layers = [nn.Conv2d(smashed_shape[0], width, 3, padding=1), nn.ReLU()]
-    for _ in range(int(math.log2(times))):
-        layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+    for step in range(steps):
+        enlarge = nn.Upsample(scale_factor=2) if step < steps - 1 else nn.Upsample(size=size)
+        layers += [enlarge, nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, image_shape[0], 3, padding=1))
 
 # %% ../../nbs/68_papers.leakage.ipynb #3bd39141
