@@ -32,7 +32,7 @@ from ..experiments.stored import read_all, read_stored, write_table
 def overview(
     run: Stored,  # that can be used
 ) -> dict[str, object]:  # a row of the table
-    "What to know of a run at a glance, fit for a terminal. `GB` are 2³⁰ bytes in the paper's counting, in all."
+    "A run in one row, for a terminal. `GB` are 2³⁰ bytes of all rounds, by the paper's convention."
     experiment, rounds = run.history.experiment, run.history.rounds
     accuracy = rounds.get("test_accuracy", pd.Series(dtype=float))
     sent = rounds.get("paper_bytes", pd.Series(dtype=float))
@@ -83,7 +83,7 @@ def chosen(
     runs: Sequence[Stored],  # that can be used
     filters: Sequence[str],  # FIELD=VALUE, all of which must be met
 ) -> list[Stored]:
-    "The runs that meet all filters. `ValueError` names a filter that is none, or a field that is not there."
+    "The runs that meet all filters. `ValueError` for a word that is no filter, or an unknown field."
     fields = [fields_of(run) for run in runs]
     names, wanted = list(dict.fromkeys(name for of in fields for name in of)), {}
     for word in filters:
@@ -170,7 +170,7 @@ def why_prunable(
     store: Path,
     path: Path,  # in one of the store's own folders
 ) -> str:  # empty: it stays
-    "Why something can go: no run that can be read, no checkpoint of an unfinished one, nothing that is no run's."
+    "Why `prune` may delete a path. What can be read, is unfinished or is not the store's own stays."
     place = path.parent.relative_to(store).as_posix()
     if LEFT.fullmatch(path.name):
         return "left by a killed process"
@@ -187,7 +187,7 @@ def why_prunable(
 
 # %% ../../nbs/90_commands.runs.ipynb #109fd7b4
 def _name(path: Path) -> str:
-    "What the lock for a path is called: the run's hash, or what stands before it."
+    "The name of the lock for a path: the run's hash, with `server-` for a server's checkpoint."
     name = re.search("(?:server-)?[0-9a-f]{16}(?:-[0-9a-f]{8}(?![0-9a-z_]))?", path.name)
     return name[0] if name else "try"
 
@@ -204,10 +204,10 @@ def _is_held(lock: Path) -> bool:
 def prunable(
     store: Path,  # root of the store
 ) -> list[tuple[Path, str]]:  # path and why, locks last
-    "What can go."
+    "What `prune` may delete."
     locks = store / "locks"
     files = sorted(locks.glob("*.lock")) if not locks.is_symlink() else []
-    odd = [lock for lock in files if lock.is_symlink()]  # in the way of whoever wants the lock
+    odd = [lock for lock in files if lock.is_symlink()]  # keep processes from taking the lock
     held = {lock.stem for lock in files if _is_held(lock)}
     paths = [path for parent in own_folders(store) if parent.is_dir() for path in sorted(parent.iterdir())]
     free = [path for path in dict.fromkeys([*odd, *paths, *files]) if _name(path) not in held]
@@ -283,7 +283,7 @@ def import_runs(
     folder: Path,  # a run's, or one that holds runs
     commit: str | None = None,  # of the code that made them, for those that do not say it
 ) -> str:
-    "Move runs into the store, and say which. `StoreError` if one of them cannot be used; the others come in."
+    "Move runs into the store, and say which. `StoreError` if one cannot be used; the others are moved all the same."
     sha = commit is None or re.fullmatch("[0-9a-f]{40}", commit)
     require(bool(sha), "--commit", commit, "40 hexadecimal digits, as git rev-parse HEAD prints them")
     require(folder.is_dir(), "folder", str(folder), "a folder")
@@ -329,7 +329,7 @@ def export_runs(
     written = f"{write_table(table, file)} rows of {table.hash.nunique()} runs written to {file}"
     return "\n".join([*(f"{name} left out: {why}" for name, why in left.items()), written])
 
-
+# %% ../../nbs/90_commands.runs.ipynb #96f7b2c1
 @on_terminal
 def main(
     argv: Sequence[str] | None = None,  # None: the command line's

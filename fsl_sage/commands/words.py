@@ -48,7 +48,7 @@ def _texts(
 def _override(
     word: str,  # KEY=VALUE
 ) -> Any:  # Hydra's Override
-    "The word, read by Hydra's grammar. `ValueError` if it is none of it."
+    "The word, read by Hydra's grammar. `ValueError` if it does not fit the grammar."
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -69,7 +69,7 @@ def _override(
 
 # %% ../../nbs/88_commands.words.ipynb #73a5a693
 def check_key(key: str) -> None:
-    "`ValueError` if there is no such key, with what is close."
+    "`ValueError` if there is no such key; it names the closest keys."
     keys = all_keys()
     close = difflib.get_close_matches(key, keys, n=3) or [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
     hint = f"did you mean {' or '.join(close[:3])}? " if close else ""
@@ -81,7 +81,7 @@ def check_override(
     override: Any,  # Hydra's, parsed
     multirun: bool,
 ) -> None:
-    "`ValueError` unless it changes a key that there is, in a way that is possible."
+    "`ValueError` unless it changes an existing key, and sweeps only where a sweep is possible."
     from fsl_sage.core import require
 
     key, word, sweep = override.key_or_group, override.input_line, override.is_sweep_override()
@@ -97,7 +97,7 @@ def check_override(
 
 
 def pairs_of(key: str, value: Any) -> Iterator[tuple[str, Any]]:  # dotted name, value
-    "What KEY=VALUE says, a table field by field; an empty table stays one."
+    "The fields that KEY=VALUE sets: of a table each field, of an empty table the table itself."
     key = f"{key}.name" if key in GROUPS and not isinstance(value, dict) else key
     check_key(key)
     if isinstance(value, dict) and value:
@@ -109,7 +109,7 @@ def pairs_of(key: str, value: Any) -> Iterator[tuple[str, Any]]:  # dotted name,
 
 
 def _require_text(key: str, value: Any) -> None:
-    "Where text is due, `ValueError` for a number, which Hydra's grammar has made of it."
+    "`ValueError` if Hydra has read a number where the key holds text."
     if all_keys()[key] in TEXT and isinstance(value, int | float):
         raise ValueError(f"{key}: text that looks like the value {value!r} needs quotes of its own, 'text'")
 
@@ -120,7 +120,7 @@ MANY = 1000  # runs of one command
 def words_of(
     override: Any,  # Hydra's, parsed
 ) -> list[tuple[str, dict[str, Any]]]:  # KEY=VALUE, what it says by dotted name
-    "The override without sweeps: one word for each value. `ValueError` unless there are 1 to MANY."
+    "One word for each value of an override. `ValueError` unless there are 1 to MANY."
     from hydra.errors import HydraException
 
     from fsl_sage.core import require
@@ -146,7 +146,7 @@ def is_here(
     name: str,  # of a data set
     root: str | None = None,  # folder with data sets
 ) -> bool:
-    "Whether a data set can be had without a download."
+    "Whether a data set is on this machine."
     from fsl_sage.data.sources import MADE, data_root, places, reader_of
 
     return name in MADE or any(reader_of(path) for path in places(name, data_root(root)))
@@ -154,8 +154,8 @@ def is_here(
 
 def beginning(
     said: Mapping[str, Any],  # fields and options by dotted name
-) -> tuple[Any, str]:  # the experiment; what to tell the user about it, or nothing
-    "The experiment that the words change: a preset, with all tables that they name."
+) -> tuple[Any, str]:  # the experiment; a note for the user, may be empty
+    "The preset that the words change, with every optional table that they name."
     from fsl_sage.config.settings import DEFAULT
     from fsl_sage.config.presets import preset
     from fsl_sage.networks.zoo import MODELS
@@ -177,7 +177,7 @@ def beginning(
 # %% ../../nbs/88_commands.words.ipynb #cb05c9f1
 @dataclass
 class Job:
-    "One run that is asked for."
+    "One run that a command line asks for."
 
     words: list[str]  # KEY=VALUE, without sweeps
     keys: list[str]  # what they set, by dotted name
@@ -242,11 +242,11 @@ def jobs_of(
     words: Sequence[str],  # KEY=VALUE
     multirun: bool = False,
 ) -> list[Job]:  # one for each combination
-    "All that a command line asks for. `ValueError` in one line if it is wrong."
+    "All runs that a command line asks for. `ValueError`, in one line, if a word is wrong."
     from fsl_sage.core import one_of, require
     from fsl_sage.experiments.plugin_files import load_plugins
 
-    first = sorted(words, key=lambda word: not word.startswith("plugins="))  # they bring keys of their own
+    first = sorted(words, key=lambda word: not word.startswith("plugins="))  # plug-ins add keys
     overrides = []
     for i, word in enumerate(first):
         overrides.append(override := _override(word))

@@ -986,7 +986,7 @@ def test_options_that_stored_runs_do_not_heed_are_said(tmp_path, monkeypatch, ca
     assert cli.main([*words, "resume=False", "log=[tensorboard]"]) == 0
     said = capsys.readouterr().err
     assert all(
-        f"{word}: of no effect on stored runs" in said for word in ["device=cpu", "resume=False", "log=[tensorboard]"]
+        f"{word}: has no effect on stored runs" in said for word in ["device=cpu", "resume=False", "log=[tensorboard]"]
     )
 
 
