@@ -124,6 +124,15 @@ def test_leafs_writers_are_clients(tmp_path):
     assert train(run, "cpu", str(tmp_path), progress=False).rounds.test_loss.notna().all()
 
 
+def test_images_of_leaf_are_of_one_size(tmp_path):
+    leaf(tmp_path / "mixed", {"train": {"f1": 2}, "test": {"f1": 2}})
+    small = {"f2": {"x": [[0.5] * 100], "y": [1]}}
+    tree = {"users": ["f2"], "num_samples": [1], "user_data": small}
+    (tmp_path / "mixed/train/all_data_1.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="holds images of different sizes"):
+        load("mixed", tmp_path)
+
+
 def test_files_of_leaf_are_bounded_before_they_are_read(tmp_path, monkeypatch):
     leaf(tmp_path / "femnist", {"train": {"f1": 2}, "test": {"f1": 2}})
     with open(tmp_path / "femnist/train/all_data_0.json", "r+b") as file:

@@ -13,7 +13,10 @@ from tests.support import ROOT
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
 METHODS = [
-    "21_networks.auxiliary", "33_algorithms.baselines", "34_algorithms.sage", "36_algorithms.sglr",
+    "21_networks.auxiliary",
+    "33_algorithms.baselines",
+    "34_algorithms.sage",
+    "36_algorithms.sglr",
 ]  # those that teach a method: equations with numbers and a picture are a must
 EQUATION = re.compile(r"\$\$(.+?)\$\$", re.S)
 TAG = re.compile(r"\\tag\{(\d+[a-z]?)\}")
