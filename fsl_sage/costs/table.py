@@ -29,7 +29,7 @@ from ..networks.part import NextToken
 
 # %% ../../nbs/38_costs.table.ipynb #ea54503f
 class CountFlops(TorchDispatchMode):
-    "Adds up the FLOPs of the block, those of derivatives of derivatives too."
+    "Counts the FLOPs of the block, also those of second derivatives."
 
     flops = 0
 
@@ -41,7 +41,7 @@ class CountFlops(TorchDispatchMode):
 
 
 def _flops(work: Callable[[], Any], samples: int) -> float:
-    "FLOPs of `work`, a sample."
+    "FLOPs of `work` per sample."
     with CountFlops() as counter:
         work()
     return counter.flops / samples
@@ -52,21 +52,21 @@ class Costs(NamedTuple):
 
     whole: float = 0  # a step through both halves
     client: float = 0  # a client's own step
-    forward: float = 0  # its forward pass alone
+    forward: float = 0  # a client's forward pass alone
     with_aux: float = 0  # a client's and its auxiliary model's, on the auxiliary loss (CSE-FSL)
     forward_with_aux: float = 0  # the forward pass of both alone
     estimate: float = 0  # the estimated gradient at the cut (FSL-SAGE)
     server: float = 0  # a step of the server that gives no gradient back
-    exact: float = 0  # one that does
-    server_forward: float = 0  # its forward pass alone
+    exact: float = 0  # a step of the server that gives one back
+    server_forward: float = 0  # the server's forward pass alone
     target: float = 0  # the true gradient at the cut, for an alignment
     alignment: float = 0  # a pass of an alignment
     smashed: float = 0  # bytes of one sample at the cut
-    features: float = 0  # of one sample at the second cut, where labels stay at the client; then `client` has the head
+    features: float = 0  # bytes of one sample at the second cut, with model.head_cut; then `client` has the head
     client_bytes: float = 0  # bytes of the client's model
     statistics: int = 0  # bytes of its buffers: BatchNorm's statistics
-    server_bytes: float = 0  # of the server's
-    aux_bytes: float = 0  # of the auxiliary model; 0: there is none
+    server_bytes: float = 0  # bytes of the server's model
+    aux_bytes: float = 0  # bytes of the auxiliary model; 0: there is none
     scalar: float = 4  # bytes of a number
     cut: tuple[int, ...] = ()  # the shape of one sample at the cut
 
@@ -74,7 +74,7 @@ class Costs(NamedTuple):
 def _auxiliary_costs(
     client: nn.Module, aux: nn.Module, x: Tensor, smashed: Tensor, y: Tensor, criterion: Callable[..., Tensor]
 ) -> dict[str, float]:
-    "The fields of `Costs` that an auxiliary model has a part in."
+    "The fields of `Costs` that involve an auxiliary model."
 
     def align() -> None:
         estimate_cut_grad(aux, smashed, y, True, criterion)[0].square().sum().backward()
@@ -90,7 +90,7 @@ def _auxiliary_costs(
 def _u_shaped_costs(
     client: Ends, server: nn.Module, x: Tensor, smashed: Tensor, y: Tensor, criterion: Callable[..., Tensor]
 ) -> dict[str, float]:
-    "The fields of `Costs` that are others where the client has both ends."
+    "The fields of `Costs` that differ if the client has both ends."
     features = server(smashed).detach()
 
     def ends() -> None:
@@ -106,22 +106,22 @@ def _u_shaped_costs(
 
 # %% ../../nbs/38_costs.table.ipynb #73955e99
 def _plain(model: nn.Module) -> nn.Module:
-    "`model` with plain convolutions, whose FLOPs are counted alike on all devices; changed in place."
+    "`model` with plain convolutions, whose FLOPs are the same on all devices; changed in place."
     for layer in model.modules():
         layer.__class__ = nn.Conv2d if type(layer) is SmallMapConv2d else type(layer)
     return model
 
-
+# %% ../../nbs/38_costs.table.ipynb #b58ca1b2
 def _counted(
     models: Sequence[nn.Module | None], image_shape: tuple[int, ...], criterion: Callable[..., Tensor], device: str
 ) -> Costs:
-    "The costs of a client, a server and an auxiliary model or None, of which copies run on `device`; no models' bytes."
+    "The costs of a client, a server and an auxiliary model or None, run as copies on `device`; no models' bytes."
     client, server, aux = (model and _plain(deepcopy(model)).to(device).train() for model in models)
     x, y = example_batch(image_shape, isinstance(criterion, NextToken), device=device)
     n, smashed = len(x), client(x).detach()
 
     def backward(loss: Tensor) -> None:
-        if loss.requires_grad:  # not where all below it is frozen
+        if loss.requires_grad:  # False if all below it is frozen
             loss.backward()
 
     def step(network: Callable, x: Tensor) -> float:
@@ -146,13 +146,13 @@ def _counted(
         counted |= _auxiliary_costs(client, aux, x, smashed, y, criterion)
     return Costs(**counted)
 
-
+# %% ../../nbs/38_costs.table.ipynb #a0aa8b8b
 @arithmetic("fp32")
 def costs_of(
     state: State,  # freshly set up; stays as it is
-    client: int = 0,  # whose: they differ where clients have cuts of their own
+    client: int = 0,  # prices differ between clients with different cuts
 ) -> Costs:
-    "Count what a sample costs the parts of `state`."
+    "Count the FLOPs and bytes of one sample for the parts of a client of `state`."
     parts = [state.clients[client], server_of(state, client), state.auxes[client] if len(state.auxes) else None]
     models, names = [part.model if part else None for part in parts], ("client_bytes", "server_bytes", "aux_bytes")
     there = [(name, part) for name, part in zip(names, parts, strict=True) if part]
@@ -160,7 +160,7 @@ def costs_of(
     how = models, state.data[0].image_shape, state.criterion
     try:
         counted = _counted(*how, "meta")
-    except (RuntimeError, NotImplementedError):  # a layer that looks at its numbers
+    except (RuntimeError, NotImplementedError):  # a layer whose path depends on its numbers
         with random_stream(generator(0, "costs")):
             counted = _counted(*how, "cpu")
     return counted._replace(**own)
@@ -168,8 +168,8 @@ def costs_of(
 # %% ../../nbs/38_costs.table.ipynb #90a8dad0
 def costs_of_each(
     state: State,  # freshly set up; stays as it is
-) -> Costs | list[Costs]:  # a list: one per client, where they have cuts of their own
-    "What a sample costs each client's parts."
+) -> Costs | list[Costs]:  # a list: one per client, if `model.cuts` is given
+    "The prices of each client, or of all."
     cuts = state.experiment.model.cuts
     of = {cut: costs_of(state, cuts.index(cut)) for cut in dict.fromkeys(cuts)}
     return [of[cut] for cut in cuts] if cuts else costs_of(state)
@@ -179,7 +179,7 @@ def costs_for(
     costs: Costs | list[Costs],  # from `costs_of_each`
     client: int,
 ) -> Costs:
-    "One client's."
+    "The prices of one client."
     return costs[client] if isinstance(costs, list) else costs
 
 # %% ../../nbs/38_costs.table.ipynb #67aae7f6
@@ -218,8 +218,8 @@ def cut_bytes(
     experiment: Experiment,  # its codecs
     costs: Costs,  # of its models
     batches: Sequence[int],  # samples of each local step
-) -> tuple[list[Any], list[Any]]:  # up, down: bytes of a batch's smashed data, and of the gradient that answers it
-    "What crosses the cut in each local step, if it does."
+) -> tuple[list[Any], list[Any]]:  # up, down: bytes of each batch's smashed data, and of their gradient
+    "The bytes that cross the cut in each local step, if anything does."
     coder = coders(experiment.codec)
     if not coder:
         return ([n * costs.smashed for n in batches],) * 2
@@ -233,11 +233,11 @@ def work_of(
     client: int,  # 0 … num_clients - 1
     samples: int,  # that it has
     returns: bool = False,  # whether it was absent from the round before
-    aligned: int = 0,  # samples it is aligned on; 0: it is not aligned
+    aligned: int = 0,  # samples of its alignment; 0: none
     rnd: int = 0,  # round; below 0: before round 0
-    longest: int = 0,  # samples of the round's largest client; 0: its own
+    longest: int = 0,  # samples of the round's largest client; 0: the client's own
 ) -> Work:
-    "What a client does in a round; of an alignment all passes."
+    "The work of one client in a round, with all passes of its alignment."
     settings, batches = experiment.algorithm, batch_sizes(experiment, samples)
     cost = record_of(experiment).at(rnd).cost_of(experiment)
 
