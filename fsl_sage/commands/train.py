@@ -228,7 +228,7 @@ def run(
     print(f"{len(jobs)} run{'s' * (len(jobs) > 1)}: {len(jobs) - len(asked)} in the store", file=sys.stderr)
     why: dict[str, str] = {}
     for word in swallowed([job for job in jobs if job not in asked]):
-        print(f"{word}: has no effect on stored runs; a run whose folder is moved away is trained again", file=sys.stderr)
+        print(f"{word}: has no effect on stored runs; one whose folder is moved away is trained again", file=sys.stderr)
     if multirun and asked:
         why = launch(asked, hydra_words)
     elif asked:
