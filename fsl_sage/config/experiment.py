@@ -261,7 +261,7 @@ def _put(
     settings = {field: hint for field, (hint, _) in setting_fields().items()} if kind is Settings else {}
     known = settings or typing.get_type_hints(kind)
     below = _dataclass_in(known[one_of(above + path, name, settings or tree)])
-    require(not rest or below is not None, above + path, value, f"left out, because {name!r} has no fields")
+    require(not rest or below is not None, above + path, value, f"left out: {name!r} has no fields")
     if below and (rest or isinstance(value, dict)):
         if tree[name] is None:  # no schedule, no clock: then the default one, changed
             tree[name] = asdict(below())
