@@ -13,6 +13,7 @@ from tests.support import ROOT
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
 METHODS = [
+    "14_networks.cut",
     "21_networks.auxiliary",
     "33_algorithms.baselines",
     "34_algorithms.sage",
