@@ -190,7 +190,7 @@ def events_of(
     experiment: Experiment,  # of an algorithm with a schedule, such as async_splitfed or gas
     root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> pd.DataFrame:  # a row per event: round, second, client (-1: the server alone), what, step, staleness, weight
-    "What happens in asynchronous rounds, in the order of the simulated clock. `ValueError` if a run has none."
+    "The steps of asynchronous rounds, in the order of the simulated clock. `ValueError` for other algorithms."
     fine = "an algorithm with asynchronous rounds, such as async_splitfed"
     require(record_of(experiment).schedule is not None, "algorithm.name", experiment.algorithm.name, fine)
     register = register_of(set_up(experiment, root), experiment.clock is not None)
