@@ -21,7 +21,7 @@ from ..networks.part import Part
 
 # %% ../../nbs/27_algorithms.fleet.ipynb #6095762d
 def part_tensors(
-    part: Part,  # stays as it is
+    part: Part,  # not changed
 ) -> dict[str, Tensor]:  # `model.<entry>`, `optimizer.<parameter>.<entry>`, …; they share the part's memory
     "All tensors of a part by name, except the fixed ones."
     parameters = [name for name, _ in part.model.named_parameters()]
@@ -105,7 +105,7 @@ class _Rest:
     def keep(self, i: int, slot: Part) -> None:
         "Save `slot` as client `i`."
         tensors, rest = part_tensors(slot), self._resting.get(i, {})
-        if rest.keys() != tensors.keys():  # the first time, or the optimiser has got its moments since
+        if rest.keys() != tensors.keys():  # no file yet, or one without the moments
             self._resting[i] = _at_rest(tensors, self._folder.name)
         else:
             for name, tensor in tensors.items():
@@ -158,7 +158,7 @@ class Fleet(Sequence[Part]):
 
     @contextmanager
     def pinned(self, i: int) -> Iterator[Part]:
-        "Client `i`'s part, which stays at work within the block."
+        "Client `i`'s part, which keeps its slot within the block."
         with self._lock:
             part, _ = self[i], self._pinned.add(i)
         try:

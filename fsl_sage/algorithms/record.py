@@ -53,7 +53,7 @@ class RoundCost(NamedTuple):
     client: Mapping[str, Amount]  # FLOPs of the client
     server: Mapping[str, Amount] = {}  # FLOPs of the server for it, without alignment
     up: Mapping[str, Amount] = {}  # bytes to the server, besides the averaged models
-    down: Mapping[str, Amount] = {}  # bytes to the client, likewise
+    down: Mapping[str, Amount] = {}  # bytes to the client, besides the averaged models
     averaged: tuple[str, ...] = ()  # bytes of models: up, down, and down once more to a client that was absent
     together: Mapping[str, Amount] = {}  # bytes down in each step of the longest client, if clients work in step
     returning: tuple[str, ...] = ()  # bytes of other models that the server sends to a client that was absent

@@ -270,7 +270,7 @@ def _fresh_models(
 
 # %% ../../nbs/29_algorithms.state.ipynb #ceb03049
 def trains_on_one(
-    model: nn.Module,  # stays as it is
+    model: nn.Module,  # not changed
     shape: tuple[int, ...],  # of one sample
 ) -> bool:
     "Whether the model can train on a batch of one sample. BatchNorm on a map of 1 × 1 pixel cannot."

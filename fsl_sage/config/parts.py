@@ -191,9 +191,9 @@ class ModelConfig:
     server: ServerConfig = ServerConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     adapter: AdapterConfig | None = None  # of a decoder; None: all of it is trained
-    blocks: int | None = None  # of a decoder; None: as published, likewise below
-    heads: int | None = None  # of each block's attention
-    context: int | None = None  # positions, the longest text
+    blocks: int | None = None  # of a decoder; None: as published
+    heads: int | None = None  # of each block's attention; None: as published
+    context: int | None = None  # positions, the longest text; None: as published
     head_cut: str | None = None  # the server's last layer; the layers after it and the labels stay with the client
     cuts: tuple[str, ...] = ()  # a cut for each client; or shares, as layer1:0.7 layer3:0.3; (): all have the same
     pretrained: bool = False  # of a decoder: whether it starts from a file of weights (`networks.gpt2.find_weights`)

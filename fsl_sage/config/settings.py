@@ -28,7 +28,7 @@ if typing.TYPE_CHECKING:
 def setting(
     default: Any,
     least: float | None = None,  # of a number; None: no bound
-    most: float | None = None,  # likewise
+    most: float | None = None,  # of a number; None: no bound
     words: str = "",  # the range in words; empty: "at least 1", "a number from 0 to 1"
     among: Collection[str] = (),  # of a text: the allowed words
 ) -> Any:  # a field of a dataclass

@@ -89,7 +89,7 @@ def in_time(
     works: Sequence[Work],  # of the clients that are asked
     clock: ClockConfig,  # its deadline and the server's speed
     of: Sequence[Speed],  # of every client
-) -> list[Work]:  # of those who take part
+) -> list[Work]:  # of the clients that take part
     "Leave out the stragglers, but keep the fastest client."
     takes = {work: client_latency(work, of[work.client], clock.server_flops) for work in works}
     fastest = min(works, key=takes.get)
@@ -120,7 +120,7 @@ def _require_possible(
 def pace_of(
     experiment: Experiment,
     costs: Costs,  # of the client's models
-    samples: int,  # that it has
+    samples: int,  # of the client
     speed: Speed,  # the client's
 ) -> Pace:
     "How long a client takes for each local step and for its model, in seconds."

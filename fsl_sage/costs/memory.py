@@ -89,7 +89,7 @@ def _client_step(
             cut_grad, _ = estimate_cut_grad(above, smashed, y, criterion=criterion)
         else:
             yield
-            cut_grad = torch.zeros_like(smashed)  # it comes down
+            cut_grad = torch.zeros_like(smashed)  # the server's answer
         client.backward(smashed, cut_grad)
 
 # %% ../../nbs/38b_costs.memory.ipynb #a6f5533a
@@ -159,7 +159,7 @@ def _features(state: State, client: Part, x: Tensor) -> Sequence[int]:
 
 
 def client_memory(
-    state: State,  # freshly set up; stays as it is
+    state: State,  # freshly set up; not changed
 ) -> ClientMemory | None:  # None: what the algorithm's clients do is not known
     "Count what the most loaded client of `state` holds, on the device where the state is."
     cost = record_of(state.experiment).cost_of(state.experiment)

@@ -52,13 +52,13 @@ class Costs(NamedTuple):
 
     whole: float = 0  # a step through both halves
     client: float = 0  # a client's own step
-    forward: float = 0  # a client's forward pass alone
+    forward: float = 0  # a client's forward pass only
     with_aux: float = 0  # a client's and its auxiliary model's, on the auxiliary loss (CSE-FSL)
-    forward_with_aux: float = 0  # the forward pass of both alone
+    forward_with_aux: float = 0  # the forward pass of both only
     estimate: float = 0  # the estimated gradient at the cut (FSL-SAGE)
     server: float = 0  # a step of the server that gives no gradient back
     exact: float = 0  # a step of the server that gives one back
-    server_forward: float = 0  # the server's forward pass alone
+    server_forward: float = 0  # the server's forward pass only
     target: float = 0  # the true gradient at the cut, for an alignment
     alignment: float = 0  # a pass of an alignment
     smashed: float = 0  # bytes of one sample at the cut
@@ -149,7 +149,7 @@ def _counted(
 # %% ../../nbs/38_costs.table.ipynb #a0aa8b8b
 @arithmetic("fp32")
 def costs_of(
-    state: State,  # freshly set up; stays as it is
+    state: State,  # freshly set up; not changed
     client: int = 0,  # prices differ between clients with different cuts
 ) -> Costs:
     "Count the FLOPs and bytes of one sample for the parts of a client of `state`."
@@ -167,7 +167,7 @@ def costs_of(
 
 # %% ../../nbs/38_costs.table.ipynb #90a8dad0
 def costs_of_each(
-    state: State,  # freshly set up; stays as it is
+    state: State,  # freshly set up; not changed
 ) -> Costs | list[Costs]:  # a list: one per client, if `model.cuts` is given
     "The prices of each client, or of all."
     cuts = state.experiment.model.cuts
@@ -231,7 +231,7 @@ def work_of(
     experiment: Experiment,
     costs: Costs,  # of its models
     client: int,  # 0 … num_clients - 1
-    samples: int,  # that it has
+    samples: int,  # of the client
     returns: bool = False,  # whether it was absent from the round before
     aligned: int = 0,  # samples of its alignment; 0: none
     rnd: int = 0,  # round; below 0: before round 0

@@ -43,7 +43,7 @@ def list_of_blocks(
 
 # %% ../../nbs/18_networks.decoders.ipynb #53f6cce3
 def anatomy(
-    model: Any,  # a causal language model of transformers; stays as it is
+    model: Any,  # a causal language model of transformers; not changed
 ) -> Anatomy:
     "Run the model once on random tokens and note which layers run before and after its blocks."
     decoder, (name, blocks) = model.get_decoder(), list_of_blocks(model)
@@ -165,7 +165,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 def split_causal_lm(
-    model: nn.Module,  # a causal language model of transformers; stays as it is
+    model: nn.Module,  # a causal language model of transformers; not changed
     cut: str,  # the client's last layer: embed, h0, h1, …
 ) -> SplitModel:  # shares the parameters with `model`; a head that is tied to the token table has a copy
     """Cut any causal language model. `ValueError` for another kind of model, or if the halves give other logits.

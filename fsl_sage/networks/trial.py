@@ -128,8 +128,8 @@ class Trial:
 
 
 def try_parts(
-    split: SplitModel,  # on the CPU; stays as it is
-    aux: nn.Module | None,  # likewise
+    split: SplitModel,  # on the CPU; not changed
+    aux: nn.Module | None,  # on the CPU; not changed
     image_shape: tuple[int, ...],  # (channel, height, width)
     num_classes: int,
     aligned: bool = False,  # whether the auxiliary model will be aligned
