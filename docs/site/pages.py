@@ -1,6 +1,8 @@
 """The pages that are not in docs/: README, notebooks, figures with their pictures, the API. And where links go."""
 
+import inspect
 import re
+import subprocess
 from html import unescape
 from os.path import relpath
 from pathlib import Path
@@ -15,6 +17,9 @@ from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
 
+import fsl_sage
+from fsl_sage.algorithms.all import ALGORITHMS, cost_words
+from fsl_sage.commands.schema import explained
 from fsl_sage.papers.report import PAPERS, by_paper, mathml, measured, number, read_figures
 from fsl_sage.papers.texts import Gallery, cost_table, costs
 
@@ -93,8 +98,12 @@ def for_python(text: str) -> str:
 
 
 def for_readers(cell: NotebookNode) -> NotebookNode | None:  # None: not for readers
-    "A cell without nbdev's directives."
+    "A cell without nbdev's directives; an exercise's answer is folded."
     hidden = re.search(r"^#\| *(hide|default_exp)", cell.source, re.M)
+    if "answer" in cell.metadata.get("tags", []):
+        title, code = re.match(r"# (Answer \d+)", cell.source)[1], f"```python\n{cell.source}\n```"
+        folded = f'<details markdown="1"><summary>{title}</summary>\n\n{code}\n\n</details>'
+        return nbformat.v4.new_markdown_cell(folded)
     if cell.cell_type == "code":
         cell.source = re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip()
     else:
@@ -203,8 +212,35 @@ def expected() -> str:
     return "\n\n".join(parts)
 
 
+def front_door() -> str:
+    "The names of `from fsl_sage import …`, by area, each with what its docstring says first."
+    rows = ["| name | what it is |", "|---|---|"]
+    for module, names in fsl_sage._HOMES.items():
+        for name in names.split():
+            about = inspect.getdoc(getattr(fsl_sage, name)).splitlines()[0].replace("|", "\\|")
+            rows.append(f"| [`{name}`](/api/{module}.md#fsl_sage.{module}.{name}) | {about} |")
+    return "\n".join(rows)
+
+
+def algorithms() -> str:
+    "Each record's name, its label, and what a client's round sends."
+    rows = ["| name | label | a client sends up | and gets down |", "|---|---|---|---|"]
+    for name, record in ALGORITHMS.items():
+        words = cost_words(record)
+        rows.append(f"| `{name}` | {record.label or name} | {words['up']} | {words['down']} |")
+    return "\n".join(rows)
+
+
+def fields() -> str:
+    "The fields of an experiment, as `fsl-sage --help` explains them."
+    rows = ["| field | default | what it is |", "|---|---|---|"]
+    shown = [(name, default, about.replace("|", "\\|")) for name, default, about in explained("config", "Experiment")]
+    return "\n".join([*rows, *(f"| `{name}` | `{default}` | {about} |" for name, default, about in shown)])
+
+
 LISTS = {
-    "tutorials": tutorials, "gallery": gallery, "claims": claims, "expected": expected,
+    "front_door": front_door, "algorithms": algorithms, "fields": fields, "tutorials": tutorials,
+    "gallery": gallery, "claims": claims, "expected": expected,
     "not_as_published": not_as_published, "undecided": lambda: with_verdict("undecided"),
 }  # fmt: skip
 
@@ -220,14 +256,22 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     howto = sorted(ADDRESSES[path] for path in (ROOT / "docs" / "how_to").glob("*.md"))
     figures = [{paper: [pages[f["name"]] for f in group]} for paper, group in by_paper(FIGURES.values()).items()]
     config.nav = [
-        {"Home": ["index.md", "results.md", "expected.md", "not_reproduced.md", *HOME]},
+        {"Home": ["index.md", "one_page.md", "results.md", "expected.md", "not_reproduced.md", *HOME]},
         {"Learn": ["reading_path.md", *(ADDRESSES[path] for path in [*START, *TUTORIALS]), "algorithms.md"]},
         {"How to": [*howto, "dependencies.md", "CONTRIBUTING.md", "CHANGELOG.md"]},
         {"Library": [ADDRESSES[path] for path in LIBRARY]},
         {"Gallery": ["gallery.md", *figures, "claims.md"]},
-        {"API": [f"api/{module}.md" for module in MODULES]},
+        {"API": ["api/index.md", *(f"api/{module}.md" for module in MODULES)]},
     ]
+    config.copyright = stamp()
     return config
+
+
+def stamp() -> str:
+    "Which state of the repository the site is of."
+    done = subprocess.run(["git", "log", "-1", "--format=%h of %cs"], cwd=ROOT, capture_output=True, text=True)
+    commit = f", commit {done.stdout.strip()}" if done.returncode == 0 else ""
+    return f"fsl_sage {fsl_sage.__version__}{commit}"
 
 
 MODULES = {
@@ -238,9 +282,17 @@ MODULES = {
 }
 
 
+def modules() -> str:
+    "All modules, by area, in the order in which they import each other."
+    rows = ["## Modules", "| module | what it is |", "|---|---|"]
+    rows += [f"| [`{module}`](/api/{module}.md) | {said(path)[1]} |" for module, path in MODULES.items()]
+    return "\n".join([rows[0], "", *rows[1:]])
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     "Add what is not in docs/."
-    made = {}
+    about = "The front door, then all modules by area."
+    made = {"api/index.md": f"# The package\n\n{about}\n\n{front_door()}\n\n{modules()}\n"}
     for path in NOTEBOOKS:
         made[ADDRESSES[path]], pictures = as_markdown(path)
         made |= pictures
@@ -259,6 +311,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     uri = page.file.src_uri
     markdown = re.sub(r"<!-- (\w+) -->", lambda match: LISTS[match[1]](), markdown)
+    markdown = re.sub(
+        r"\]\(/([^)\s]+)\)", lambda match: f"]({relpath(match[1], Path(uri).parent)})", markdown
+    )  # of the site
     return follow_links(markdown, uri)
 
 

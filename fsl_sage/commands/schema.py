@@ -8,6 +8,7 @@ __all__ = ['GROUPS', 'HELP', 'TEXT', 'Options', 'explained', 'help_text', 'schem
 # %% ../../nbs/87_commands.schema.ipynb #4847028c
 import ast
 import functools
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
@@ -75,6 +76,13 @@ def _settings(above: str) -> Iterator[tuple[str, str, str]]:  # dotted name, def
             yield name, ast.unparse(value).strip("'"), comment
 
 # %% ../../nbs/87_commands.schema.ipynb #c668e80f
+def _default(value: ast.expr) -> str:
+    "A default as it is written; a constant's name gives way to what the data's modules say it is."
+    name = ast.unparse(value)
+    found = re.search(rf"^{name} = ([^ #\n]+)", _source("data"), re.M) if isinstance(value, ast.Name) else None
+    return found[1] if found else name
+
+
 def _explained(
     classes: dict[str, ast.ClassDef],  # of the source
     lines: Sequence[str],  # of the source
@@ -101,7 +109,7 @@ def _explained(
             own = {word.arg: ast.unparse(word.value) for word in getattr(node.value, "keywords", ())}
             yield from _explained(classes, lines, below, f"{above}{name}.", own, seen)
         else:
-            default = (given or {}).get(name, ast.unparse(node.value)).replace("field(default_factory=list)", "[]")
+            default = (given or {}).get(name, _default(node.value)).replace("field(default_factory=list)", "[]")
             yield above + name, default.strip("'").replace("None", "null"), comment.replace("None", "null")
 
 

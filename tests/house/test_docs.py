@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import fsl_sage
 from tests.support import ROOT
 
 NOTEBOOKS = [path for folder in ("nbs", "nbs/tutorials", "figures") for path in sorted((ROOT / folder).glob("*.ipynb"))]
@@ -173,7 +174,49 @@ def test_an_api_page_has_signature_table_and_source(site, window):
     assert "def estimate_cut_grad" in source.locator("pre").last.inner_text()
 
 
-PAGES = ["index", "nbs/36_algorithms.sglr", "gallery", "claims", "api/config.experiment", "figures/sage_alpha"]
+@pytest.mark.parametrize("words", ["smashed data", "cut layer", "auxiliary network", "straggler"])
+def test_search_finds_the_papers_words(site, window, words):
+    window.goto(f"{site.as_uri()}/index.html")
+    window.locator("[data-md-component=search-query]").click()
+    window.keyboard.type(words)
+    found = window.locator("a.md-search-result__link[href*='glossary']")
+    found.first.wait_for()
+    assert found.count()
+
+
+def test_an_answer_is_folded(site, window):
+    window.goto((site / "nbs/34_algorithms.sage.html").as_uri())
+    answer = window.locator("details", has=window.get_by_text("Answer 1"))
+    assert not answer.locator("pre").first.is_visible()
+    answer.locator("summary").click()
+    assert "assert" in answer.locator("pre").first.inner_text()
+
+
+def test_one_page_has_the_front_door_the_fields_and_a_stamp(site):
+    text = (site / "one_page.html").read_text("utf-8")
+    missing = [name for name in fsl_sage.__all__ if f"<code>{name}</code>" not in text]
+    assert not missing and "<code>model.head_cut</code>" in text and "<code>fsl_sage</code>" in text
+    commit = subprocess.run(
+        ["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    assert f"fsl_sage {fsl_sage.__version__}, commit {commit}" in text
+
+
+def test_the_api_begins_with_the_front_door(site):
+    text = (site / "api/index.html").read_text("utf-8")
+    assert text.index("<code>RunStore</code>") < text.index("<code>algorithms.sage</code>")
+
+
+PAGES = [
+    "one_page",
+    "api/index",
+    "index",
+    "nbs/36_algorithms.sglr",
+    "gallery",
+    "claims",
+    "api/config.experiment",
+    "figures/sage_alpha",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
