@@ -112,7 +112,7 @@ def _explained(
             default = (given or {}).get(name, _default(node.value)).replace("field(default_factory=list)", "[]")
             yield above + name, default.strip("'").replace("None", "null"), comment.replace("None", "null")
 
-
+# %% ../../nbs/87_commands.schema.ipynb #7b562f43
 def explained(
     module: str,
     kind: str,  # name of a dataclass in it
