@@ -24,7 +24,7 @@ from .core import as_tensors, one_of, require, tensor_bytes
 # %% ../nbs/01_ledger.ipynb #7d34cccb
 KINDS = (
     "client_model", "server_model", "aux_model", "smashed", "cut_grad", "mean_cut_grad", "labels", "features",
-    "feature_grad", "scalars", "copy", "framing", "frozen", "kv",
+    "feature_grad", "scalars", "control", "copy", "framing", "frozen", "kv",
 )  # fmt: skip
 NOTED = ("framing", "frozen", "kv")  # kinds that the ledger notes beside a message; none is sent alone
 PHASES = ("start", "round")

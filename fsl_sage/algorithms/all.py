@@ -12,9 +12,13 @@ from typing import Any
 from .asynchronous import ASYNC_SPLITFED, GAS
 from .baselines import CENTRALISED, CSE_FSL, FED_AVG, PSL, SFL, SPLITFED_MS, SPLITFED_SS, SSL
 from .controls import FIXED_AUXILIARY, FROZEN_CLIENT, TRUE_GRADIENT
+from .cycle import CYCLE_PSL, CYCLE_SFL
+from .mix2sfl import MIX2SFL
 from .record import Algorithm
 from .sage import SAGE
 from .sage_split_lr import SAGE_SPLIT_LR
+from .scaffold import SCAFFOLD
+from .scala import SCALA
 from .sglr import SGLR
 from .zeroth import HERON, HO_SFL, HOSL
 
@@ -23,7 +27,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     record.name: record
     for record in (
         CENTRALISED, FED_AVG, SPLITFED_SS, SPLITFED_MS, CSE_FSL, FROZEN_CLIENT, FIXED_AUXILIARY, TRUE_GRADIENT, SAGE,
-        SAGE_SPLIT_LR, ASYNC_SPLITFED, GAS, HERON, HO_SFL, HOSL, SSL, PSL, SFL, SGLR,
+        SAGE_SPLIT_LR, ASYNC_SPLITFED, GAS, HERON, HO_SFL, HOSL, SCAFFOLD, SCALA, CYCLE_PSL, CYCLE_SFL, MIX2SFL, SSL,
+        PSL, SFL, SGLR,
     )
 }  # by name  # fmt: skip
 LABELS = {name: record.label or name for name, record in ALGORITHMS.items()}  # their names in legends

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CENTRALISED', 'FED_AVG', 'EXCHANGE', 'SPLITFED', 'BOTH_CUTS', 'U_SHAPED', 'SPLITFED_SS', 'SPLITFED_MS', 'CSE_FSL',
-           'EXCHANGE_AND_MODEL', 'SSL', 'PSL', 'SFL', 'centralised_round', 'FedAvgSettings', 'init_fed_avg',
+           'EXCHANGE_AND_MODEL', 'SSL', 'Answer', 'PSL', 'SFL', 'centralised_round', 'FedAvgSettings', 'init_fed_avg',
            'fed_avg_round', 'exchange_step', 'u_shaped_step', 'splitfed_round', 'UploadSettings',
            'AveragedUploadSettings', 'cse_fsl_round', 'SplitSettings', 'JointSettings', 'SflSettings', 'ssl_round',
-           'last_client', 'psl_round', 'sfl_round']
+           'last_client', 'joint_round', 'psl_round', 'sfl_round']
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #cf6fe3d8
 from collections.abc import Callable, Iterator, Sequence
@@ -307,24 +307,48 @@ SSL = Algorithm(
 )  # fmt: skip
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #c806454e
+Answer = Callable[[Tensor, Tensor, dict[int, int], int], tuple[Tensor, Tensor | None]]
+
+
+def joint_round(
+    state: State,
+    rnd: int,  # round
+    ledger: Ledger,
+    answer: Answer,  # smashed data, labels, client: its samples among them, local step → loss, gradient at the cut
+    send: Callable[[dict[int, Tensor], int], dict[int, Tensor]] | None = None,  # client: gradient, step → what arrives
+) -> Metrics:
+    "Every step: all clients' smashed data in one server batch, each one's slice of the gradient back (SGLR, Sec. 2)."
+    metrics, config = Metrics(), state.experiment.algorithm
+    for s, batches in state.parallel_batches(rnd):
+        smashed = [state.clients[i].forward(x) for i, x, _ in batches]  # (3)
+        arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
+        at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
+        samples = {i: len(y) for i, _, y in batches}
+        loss, cut_grad = answer(at_server, labels, samples, s)
+        slices = cut_grad.split(list(samples.values())) if state.clients_learn else ()  # (14)
+        if config.per_client_loss:
+            slices = [own * (len(labels) / len(own)) for own in slices]  # (15)
+        own = dict(zip(samples, slices, strict=state.clients_learn))
+        received = send(own, s) if send else {}
+        for z, i in zip(smashed, own, strict=state.clients_learn):
+            cut_grad = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=own[i])
+            state.clients[i].backward(z, cut_grad)  # (5)
+        metrics.loss(-1, s, loss)
+    return metrics
+
+# %% ../../nbs/33_algorithms.baselines.ipynb #c0b940b9
 def psl_round(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
 ) -> Metrics:
-    "Every step: all clients' smashed data in one server batch, each one's slice of the gradient back (SGLR, Sec. 2)."
-    metrics, (server,), config = Metrics(), state.servers, state.experiment.algorithm
-    for s, batches in state.parallel_batches(rnd):
-        smashed = [state.clients[i].forward(x) for i, x, _ in batches]  # (3)
-        arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
-        at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
-        loss, cut_grad = server_step(server, at_server, labels, state.clients_learn, state.criterion)  # (13)
-        slices = cut_grad.split([len(z) for z in smashed]) if state.clients_learn else ()  # (14)
-        for z, own, (i, _, y) in zip(smashed, slices, batches, strict=state.clients_learn):
-            own = own * (len(labels) / len(y)) if config.per_client_loss else own  # (15)
-            state.clients[i].backward(z, ledger.link(rnd, i).down(cut_grad=own))  # (5)
-        metrics.loss(-1, s, loss)
-    return metrics
+    "One loss over all samples, one step of the server (SGLR, Sec. 2)."
+    (server,) = state.servers
+
+    def answer(smashed: Tensor, labels: Tensor, samples: dict[int, int], s: int) -> tuple[Tensor, Tensor | None]:
+        return server_step(server, smashed, labels, state.clients_learn, state.criterion)  # (13)
+
+    return joint_round(state, rnd, ledger, answer)
 
 
 def sfl_round(

@@ -60,6 +60,7 @@ class Costs(NamedTuple):
     exact: float = 0  # a step of the server that gives one back
     server_forward: float = 0  # the server's forward pass only
     target: float = 0  # the true gradient at the cut, for an alignment
+    answer: float = 0  # a backward pass to the cut alone
     alignment: float = 0  # a pass of an alignment
     smashed: float = 0  # bytes of one sample at the cut
     features: float = 0  # bytes of one sample at the second cut, with model.head_cut; then `client` has the head
@@ -68,6 +69,7 @@ class Costs(NamedTuple):
     server_bytes: float = 0  # bytes of the server's model
     aux_bytes: float = 0  # bytes of the auxiliary model; 0: there is none
     scalar: float = 4  # bytes of a number
+    control: int = 0  # bytes of the client's parameters that are trained: of a control variate
     cut: tuple[int, ...] = ()  # the shape of one sample at the cut
 
 # %% ../../nbs/38_costs.table.ipynb #47261ed7
@@ -139,11 +141,13 @@ def _counted(
         "target": _flops(lambda: estimate_cut_grad(server, smashed, y, criterion=criterion), n),
         "smashed": tensor_bytes(smashed) // n, "cut": tuple(smashed.shape[1:]),
         "statistics": tensor_bytes(dict(client.named_buffers())),
+        "control": tensor_bytes([p for p in client.parameters() if p.requires_grad]),
     }  # fmt: skip
     if isinstance(client, Ends):
         counted |= _u_shaped_costs(client, middle, x, smashed, y, criterion)
     if aux is not None:
         counted |= _auxiliary_costs(client, aux, x, smashed, y, criterion)
+    counted["answer"] = counted["target"] - counted["server_forward"]
     return Costs(**counted)
 
 # %% ../../nbs/38_costs.table.ipynb #a0aa8b8b
