@@ -30,7 +30,7 @@ def init(
 ) -> SageState:
     "FSL-SAGE's state, whose server learns at SplitLr's rate."
     state = sage.init(experiment, data, ledger)
-    state.servers = [split_lr_server(experiment, data, state.servers[0].model)]
+    state.servers = [split_lr_server(experiment, data, state.servers[0].model)]  # (1)
     return state
 
 # %% ../../nbs/36b_algorithms.sage_split_lr.ipynb #81a230cf

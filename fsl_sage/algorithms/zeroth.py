@@ -101,7 +101,7 @@ def step_along(
     "θ ← θ − (η/P) Σ v_p u_p"
     for address, slope in zip(addresses, slopes, strict=True):
         for part, parameter, direction in directions_of(parts, address):
-            parameter.add_(direction, alpha=-part.lr * slope / len(addresses))
+            parameter.add_(direction, alpha=-part.lr * slope / len(addresses))  # (2)
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #199d9465
 def auxiliary_loss(
@@ -111,9 +111,9 @@ def auxiliary_loss(
     y: Tensor,  # (batch,)
     criterion: Callable[..., Tensor],  # (logits, labels) → mean loss
 ) -> Tensor:  # scalar
-    "L(θ; B): the auxiliary model's loss of a batch, of which nothing is kept."
+    "L(θ; B): the auxiliary model's loss of a batch; autograd keeps nothing."
     with torch.no_grad():
-        return criterion(aux(client(x)), y)
+        return criterion(aux(client(x)), y)  # (3)
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def two_point_step(
         for end in (smoothing, -smoothing):
             with moved(parts, address, end):
                 losses.append(loss())
-        slopes.append(float(losses[-2] - losses[-1]) / (2 * smoothing))
+        slopes.append(float(losses[-2] - losses[-1]) / (2 * smoothing))  # (1)
     step_along(parts, addresses, slopes)
     return torch.stack(losses).mean()
 
@@ -146,12 +146,11 @@ def heron_round(
     def client_steps(i: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         client, aux = state.clients[i], state.auxes[i]
         for s, x, y in state.batches(i, rnd):
-            # 1. Every q-th step: a forward pass, and its result goes up.
-            if s % q == 0:
+            if s % q == 0:  # a forward pass, and its result goes up
                 with torch.no_grad():
                     smashed = client(x)
                 yield s, smashed, y
-            # 2. Forward passes at both ends of each direction, and a step along it.
+            # Forward passes at both ends of each direction, and a step along it.
             loss = partial(auxiliary_loss, client, aux, x, y, state.criterion)
             addresses = addresses_of(seed, config, i, rnd, s)
             elsewhere = x.is_meta  # then this place has no numbers to move
@@ -159,10 +158,10 @@ def heron_round(
             metrics.loss(i, s, value, at="aux")
 
     for i, s, smashed, labels in arrivals(state, client_steps):
-        # 3. The server learns from what arrives, by gradients.
+        # The server learns from what arrives, by gradients.
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
         metrics.loss(i, s, server_step(server, at_server, labels, False, state.criterion)[0])
-    # 4. Client halves and auxiliary models are averaged.
+    # Client halves and auxiliary models are averaged.
     aggregate(state, rnd, ledger, client_model=state.clients, aux_model=state.auxes)
     return metrics
 
@@ -209,10 +208,10 @@ def change_along(
     slopes = []
     for address in addresses:
         change = moved_pass(client, x, address, smoothing) - smashed
-        slopes.append((change * cut_grad).sum() / smoothing)
+        slopes.append((change * cut_grad).sum() / smoothing)  # (4)
     return torch.stack(slopes)
 
-
+# %% ../../nbs/36c_algorithms.zeroth.ipynb #23f3b092
 def share_step(
     state: State,
     rnd: int,  # round
@@ -222,7 +221,7 @@ def share_step(
 ) -> None:
     "The mean of the slopes comes down, and every client makes the same step; the server's copies do, too (HO-SFL)."
     total = sum(len(state.data[i]) for i in slopes)
-    mean: Any = sum(slopes[i] * (len(state.data[i]) / total) for i in slopes)
+    mean: Any = sum(slopes[i] * (len(state.data[i]) / total) for i in slopes)  # (5)
     arrived = {i: ledger.link(rnd, i).down(scalars=mean) for i in state.present}
     for i, client in enumerate(state.clients):
         own = arrived.get(i, mean)
@@ -242,22 +241,22 @@ def ho_sfl_round(
         addresses, slopes = addresses_of(state.experiment.sampling_seed, config, rnd, s), {}
         for i, x, y in batches:
             client, link = state.clients[i], ledger.link(rnd, i)
-            # 1. A forward pass; smashed data and labels go up.
+            # A forward pass; smashed data and labels go up.
             client.model.eval()
             with torch.no_grad():
                 smashed = client(x)
             at_server, labels = link.up(smashed=smashed, labels=y)
-            # 2. The server steps by gradients; its gradient at the cut comes down.
+            # The server steps by gradients; its gradient at the cut comes down.
             loss, cut_grad = server_step(server, at_server, labels, client.learns, state.criterion)
             metrics.loss(i, s, loss)
             if client.learns:
                 cut_grad = link.down(cut_grad=cut_grad)
-                # 3. Slopes along the directions; P numbers go up.
-                along = change_along(client, x, smashed, cut_grad, addresses, config.smoothing)
+                # Slopes along the directions; P numbers go up.
+                along = change_along(client, x, smashed, cut_grad, addresses, config.smoothing)  # (4)
                 slopes[i] = link.up(scalars=along)
-        # 4. Their mean comes down, and all make the same step.
+        # Their mean comes down, and all make the same step.
         if slopes:
-            share_step(state, rnd, slopes, addresses, ledger)
+            share_step(state, rnd, slopes, addresses, ledger)  # (5), (2)
     state.averaged = ["client_model"]  # what a client needs that comes back
     return metrics
 
@@ -274,21 +273,21 @@ def hosl_round(
         for s, x, y in state.batches(i, rnd):
             addresses = addresses_of(state.experiment.sampling_seed, config, i, rnd, s) if client.learns else []
             with torch.no_grad():
-                # 1. z(θ) goes up with the labels, then z(θ + μu) for each direction.
+                # z(θ) goes up with the labels, then z(θ + μu) for each direction.
                 at_server, labels = link.up(smashed=client(x), labels=y)
                 losses = []
                 for address in addresses:
                     moved = link.up(smashed=moved_pass(client, x, address, config.smoothing))
-                    # 2. The server's loss of it, with the weights of this step.
+                    # The server's loss of it, with the weights of this step.
                     losses.append(state.criterion(server(moved), labels))
-            # 3. The server steps on z(θ) by gradients; the slopes come down.
+            # The server steps on z(θ) by gradients; the slopes come down.
             loss, _ = server_step(server, at_server, labels, False, state.criterion)
             metrics.loss(i, s, loss)
-            slopes = link.down(scalars=(torch.stack(losses) - loss) / config.smoothing) if losses else loss
-            # 4. The client steps along its directions.
+            slopes = link.down(scalars=(torch.stack(losses) - loss) / config.smoothing) if losses else loss  # (6)
+            # The client steps along its directions.
             if losses and not slopes.is_meta:
-                step_along([client], addresses, slopes.tolist())
-    # 5. Client halves are averaged.
+                step_along([client], addresses, slopes.tolist())  # (2)
+    # Client halves are averaged.
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics
 

@@ -46,7 +46,7 @@ def ssim(
 
     mx, my, c1, c2 = mean(x), mean(y), 0.01**2, 0.03**2
     vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-    ratio = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    ratio = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))  # (1)
     return ratio.unflatten(0, x.shape[:2]).mean((1, 2, 3, 4))
 
 # %% ../../nbs/68_papers.leakage.ipynb #014efddf
@@ -64,7 +64,7 @@ def distance_correlation(
     require(len(x) == len(y) > 1, "y", len(y), f"as many samples as x ({len(x)}), 2 or more")
     a, b = _centred_distances(x), _centred_distances(y)
     scale = ((a * a).mean() * (b * b).mean()).sqrt()
-    return math.sqrt(max(0.0, float((a * b).mean() / scale))) if scale > 0 else 0.0
+    return math.sqrt(max(0.0, float((a * b).mean() / scale))) if scale > 0 else 0.0  # (2)
 
 # %% ../../nbs/68_papers.leakage.ipynb #6007ee2b
 def decoder(
@@ -101,7 +101,7 @@ def train_decoder(
         order = torch.randperm(len(smashed), generator=generator(seed, "decoder order", epoch)).to(smashed.device)
         for batch in order.split(batch_size):
             optimizer.zero_grad()
-            F.binary_cross_entropy_with_logits(model(smashed[batch]), pixels[batch]).backward()
+            F.binary_cross_entropy_with_logits(model(smashed[batch]), pixels[batch]).backward()  # (3)
             optimizer.step()
     return model.eval()
 
