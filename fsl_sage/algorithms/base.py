@@ -50,12 +50,12 @@ def average(
         among = [i for i in clients if i in state.present]
         if not among:
             continue
-        mean = _mean(state, among, lambda i: parts[i].exchanged(), _left_alone(parts[among[0]].model))
+        mean = _mean(state, among, lambda i: state.to_average(parts[i]), _left_alone(parts[among[0]].model))
         if isinstance(parts, Fleet):
             parts.load_models(mean)
         else:
             for i in clients:
-                parts[i].load(mean)
+                parts[i].load(parts[i].exchanged() | mean)
 
 # %% ../../nbs/31_algorithms.base.ipynb #c03efdd8
 def aggregate(
@@ -69,7 +69,7 @@ def aggregate(
         state.averaged = []
         return
     for i in state.present:
-        ledger.link(rnd, i).up(**{kind: parts[i] for kind, parts in groups.items()})
+        ledger.link(rnd, i).up(**{kind: state.to_send(parts[i]) for kind, parts in groups.items()})
     own_cuts = bool(state.experiment.model.cuts)
     if own_cuts:
         average_layers(state)
@@ -89,7 +89,7 @@ def broadcast(
     "The server sends each client its models; frozen weights only before the first round."
     first = ledger.phase == "start"
     for i in state.present:
-        message = {kind: parts[i].model if first else parts[i] for kind, parts in groups.items()}
+        message = {kind: parts[i].model if first else state.to_send(parts[i]) for kind, parts in groups.items()}
         ledger.link(rnd, i).down(**message)
 
 # %% ../../nbs/31_algorithms.base.ipynb #dc9c7e99
@@ -251,7 +251,8 @@ def only_global(
     state: State,
 ) -> list[nn.Module]:  # one, or one per client
     "The models to evaluate if clients are averaged: one for all; one per client in rounds without an average."
-    if not state.averaged and state.experiment.algorithm.differ():
+    apart = not state.averaged and state.experiment.algorithm.differ()
+    if apart or state.experiment.model.own_layers:
         return [SplitModel(client.model, server_of(state, i).model) for i, client in enumerate(state.clients)]
     return [global_model(state)]
 

@@ -60,6 +60,10 @@ class FedAvgSettings(Settings):
     def in_turn(self, rnd: int) -> bool:
         return self.share_server
 
+    def follow(self, experiment: Experiment) -> None:
+        own = experiment.model.own_layers
+        require(not own or not self.share_server, "algorithm.share_server", True, "false with model.own_layers")
+
     def between_machines(self) -> None:
         fine = "false between machines: no half can be shared"
         require(not self.share_server, "algorithm.share_server", True, fine)
@@ -112,7 +116,7 @@ def fed_avg_round(
 
 FED_AVG = Algorithm(
     "fed_avg", fed_avg_round, "FedAvg", {"color": "#0173b2", "marker": "o", "linestyle": (0, (5, 1, 1, 1))},
-    FedAvgSettings, init_fed_avg, servers_per_client=True, asked_once=True,
+    FedAvgSettings, init_fed_avg, servers_per_client=True, asked_once=True, own_layers=True,
     cost=RoundCost({"whole": EACH}, averaged=("client_bytes", "server_bytes")),
 )  # fmt: skip
 
@@ -188,12 +192,12 @@ BOTH_CUTS = {"smashed": EACH, "features": EACH}
 U_SHAPED = RoundCost({"client": EACH}, {"exact": EACH}, BOTH_CUTS, BOTH_CUTS, averaged=("client_bytes",))
 SPLITFED_SS = Algorithm(
     "sl_single_server", splitfed_round, "SplitFed-SS", {"color": "#d55e00", "marker": "*", "linestyle": (0, (1, 1))},
-    settings=DriftSettings, order=IN_TURN, cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True,
+    settings=DriftSettings, order=IN_TURN, cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True, own_layers=True,
 )  # fmt: skip
 SPLITFED_MS = Algorithm(
     "sl_multi_server", splitfed_round, "SplitFed-MS",
     {"color": "#de8f05", "marker": "p", "linestyle": (0, (3, 1, 1, 1))}, DriftSettings, servers_per_client=True,
-    cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True,
+    cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True, own_layers=True,
 )  # fmt: skip
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #653ce196
@@ -369,5 +373,5 @@ PSL = Algorithm(
 )  # fmt: skip
 SFL = Algorithm(
     "sfl", sfl_round, style={"color": "#000066", "marker": "v", "linestyle": (0, (2, 2))},
-    settings=SflSettings, order=IN_STEP, cost=SPLITFED, presets=SGLR_PRESETS,
+    settings=SflSettings, order=IN_STEP, cost=SPLITFED, presets=SGLR_PRESETS, own_layers=True,
 )  # fmt: skip

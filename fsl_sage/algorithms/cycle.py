@@ -97,6 +97,6 @@ CYCLE_PSL = Algorithm(
     CyclePslSettings, evaluation_models=one_per_client, own_models=True, order=IN_STEP, cost=POOLED,
 )  # fmt: skip
 CYCLE_SFL = Algorithm(
-    "cycle_sfl", cycle_sfl_round, "CycleSFL", {"color": "#db158d", "marker": (7, 1, 0), "linestyle": (0, (7, 2))},
+    "cycle_sfl", cycle_sfl_round, "CycleSFL", {"color": "#970e6b", "marker": (7, 1, 0), "linestyle": (0, (7, 2))},
     CycleSflSettings, order=IN_STEP, cost=POOLED._replace(averaged=("client_bytes",)),
 )  # fmt: skip

@@ -95,7 +95,7 @@ def init(
 # %% ../../nbs/36g_algorithms.mix2sfl.ipynb #778e24d2
 MIXED = Amount("N", lambda settings, batches: sum(batches) if settings.mix_weight > 0 else 0)
 MIX2SFL = Algorithm(
-    "mix2sfl", mix2sfl_round, "Mix2SFL", {"color": "#789e65", "marker": (6, 2, 0), "linestyle": (0, (4, 2, 1, 2))},
+    "mix2sfl", mix2sfl_round, "Mix2SFL", {"color": "#909634", "marker": (6, 2, 0), "linestyle": (0, (4, 2, 1, 2))},
     Mix2SflSettings, init, order=IN_STEP,
     cost=RoundCost({"client": EACH}, {"exact": EACH, "server": MIXED}, averaged=("client_bytes",), **EXCHANGE),
 )  # fmt: skip

@@ -77,7 +77,7 @@ def take_part(
     groups = {kind: getattr(state, AVERAGED[kind]) for kind in state.averaged}
     for i in state.present if groups else ():
         if i not in state.previous:
-            ledger.link(rnd, i).down(**{kind: parts[i] for kind, parts in groups.items()})
+            ledger.link(rnd, i).down(**{kind: state.to_send(parts[i]) for kind, parts in groups.items()})
     begin_pulls(state)
 
 # %% ../../nbs/30_algorithms.participation.ipynb #e3a1a60e

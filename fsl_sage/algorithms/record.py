@@ -101,6 +101,7 @@ class Algorithm(NamedTuple):
     schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → events; None: rounds are for all
     u_shaped: RoundCost | None = None  # the cost if labels stay at the clients (model.head_cut); None: not possible
     own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
+    own_layers: bool = False  # its clients may keep layers for themselves (model.own_layers)
     asked_once: bool = False  # a client needs no answer within a round, so it may be asked once a round
     alone: bool = False  # there is one client, with all data
     control: bool = False  # not a method, but a control for methods

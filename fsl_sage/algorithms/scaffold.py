@@ -140,7 +140,7 @@ def scaffold_round(
 CONTROL = Amount("", lambda settings, batches: int(settings.control > 0))
 SGD_CLIENTS = {"model.client.optimizer.name": "sgd", "model.client.optimizer.lr": 0.05}
 SCAFFOLD = Algorithm(
-    "scaffold", scaffold_round, "SCAFFOLD-SS", {"color": "#8a2c06", "marker": "H", "linestyle": (0, (9, 2, 1, 2))},
+    "scaffold", scaffold_round, "SCAFFOLD-SS", {"color": "#702802", "marker": "H", "linestyle": (0, (9, 2, 1, 2))},
     ScaffoldSettings, init, order=IN_TURN,
     cost=RoundCost(
         {"client": EACH}, {"exact": EACH}, {"smashed": EACH, "control": CONTROL},

@@ -34,7 +34,7 @@ LATER_FIELDS = {
     "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
-    "model.cuts": [], "target_accuracy": None,
+    "model.cuts": [], "model.own_layers": [], "target_accuracy": None,
     "model.adapter": None, "model.blocks": None, "model.heads": None, "model.context": None,
     "model.pretrained": False,
     "model.auxiliary.blocks": None, "model.auxiliary.start": "random",
@@ -177,6 +177,14 @@ def _settle_cuts(experiment: Experiment) -> None:
     require(record.own_cuts, "model.cuts", list(model.cuts), fine)
     object.__setattr__(experiment, "model", replace(model, cut=None, cuts=cuts))
 
+# %% ../../nbs/25_config.experiment.ipynb #11b19660
+def _settle_own_layers(experiment: Experiment) -> None:
+    "Refuse layers of clients' own where no average would leave them out, or an absent client would miss another."
+    own, record = experiment.model.own_layers, record_of(experiment)
+    able = ", ".join(name for name, other in algorithms().items() if other.own_layers)
+    fine = f"left out for {record.name!r}; clients of {able} may have layers of their own"
+    require(not own or record.own_layers, "model.own_layers", list(own), fine)
+
 # %% ../../nbs/25_config.experiment.ipynb #e24ebbb8
 def _settle_parts(experiment: Experiment) -> None:
     "Refuse a network that the algorithm cannot train; find the plug-ins whose parts are used."
@@ -189,6 +197,7 @@ def _settle_parts(experiment: Experiment) -> None:
         require(has_one, "model.name", model.name, fine)
     _settle_head(experiment)
     _settle_cuts(experiment)
+    _settle_own_layers(experiment)
     _settle_text(experiment)
     experiment.algorithm.follow(experiment)
     _settle_codec(experiment)

@@ -196,6 +196,7 @@ class ModelConfig:
     context: int | None = None  # positions, the longest text; None: as published
     head_cut: str | None = None  # the server's last layer; the layers after it and the labels stay with the client
     cuts: tuple[str, ...] = ()  # a cut for each client; or shares, as layer1:0.7 layer3:0.3; (): all have the same
+    own_layers: tuple[str, ...] = ()  # layers that each client keeps for itself: never averaged, never sent; (): none
     pretrained: bool = False  # of a decoder: whether it starts from a file of weights (`networks.gpt2.find_weights`)
 
     def __post_init__(self):
@@ -215,6 +216,8 @@ class ModelConfig:
         fine = "None for a network that reads text, whose labels are the text itself"
         require(self.head_cut is None or images, "model.head_cut", self.head_cut, fine)
         require(not self.cuts or images, "model.cuts", list(self.cuts), "left out for a network that reads text")
+        fine = "left out for a network that reads text, or with model.cuts"
+        require(not self.own_layers or (images and not self.cuts), "model.own_layers", list(self.own_layers), fine)
         fine = "left out with model.cuts: the clients' lower parts differ, and so would the head's gradients"
         require(not self.cuts or self.head_cut is None, "model.head_cut", self.head_cut, fine)
         fine = f"False: the function that builds {self.name!r} loads its weights"

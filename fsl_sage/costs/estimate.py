@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..networks.auxiliary import auxiliary_model
-from ..algorithms.state import decoder_of, example_batch
+from ..algorithms.state import clients_differ, decoder_of, example_batch
 from .table import CountFlops, Costs, costs_of
 from .clock import attendances
 from ..config.parts import DatasetConfig, ModelConfig
@@ -121,10 +121,14 @@ def _counted(model: ModelConfig, dataset: DatasetConfig, algorithm: str, batch_s
     def exchanged(part: nn.Module) -> dict[str, Any]:
         return {name: p for name, p in part.named_parameters() if p.requires_grad} if text else part.state_dict()
 
-    own = {name: [SimpleNamespace(model=part, exchanged=lambda part=part: exchanged(part))] if part else []
-           for name, part in parts.items()}  # fmt: skip
+    own: dict[str, Any] = {
+        name: [SimpleNamespace(model=part, exchanged=lambda part=part: exchanged(part))] if part else []
+        for name, part in parts.items()
+    }
     criterion = NextToken() if text else F.cross_entropy
-    stand_in: Any = SimpleNamespace(**own, entries=[], data=[SimpleNamespace(image_shape=shape)], criterion=criterion)
+    experiment = SimpleNamespace(model=model)
+    own |= {"experiment": experiment, "entries": []}
+    stand_in: Any = SimpleNamespace(**own, data=[SimpleNamespace(image_shape=shape)], criterion=criterion)
     costs = costs_of(stand_in)
     whole, x = split.to("meta"), example_batch(shape, text, device="meta")[0]  # BatchNorm needs two
     with CountFlops() as counter, held_memory(whole) as held:
@@ -148,7 +152,7 @@ def count(
         made += attendance.round >= 0
         if run.comm_threshold_mb and sent >= run.comm_threshold_mb * 2**20:
             break
-    models = run.num_clients if record_of(run).own_models or run.algorithm.differ() else 1  # at most
+    models = run.num_clients if record_of(run).own_models or clients_differ(run) else 1  # at most
     return {
         "training": sum(work.flops + work.server_flops for work in works),
         "alignment": sum(work.alignment_flops for work in works),

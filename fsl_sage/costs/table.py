@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..algorithms.record import Amount
-from ..algorithms.state import State, example_batch, server_of
+from ..algorithms.state import State, example_batch, is_own, server_of
 from ..config.experiment import Experiment
 from ..config.settings import record_of
 from ..core import arithmetic, generator, random_stream, tensor_bytes
@@ -70,6 +70,8 @@ class Costs(NamedTuple):
     aux_bytes: float = 0  # bytes of the auxiliary model; 0: there is none
     scalar: float = 4  # bytes of a number
     control: int = 0  # bytes of the client's parameters that are trained: of a control variate
+    client_own: float = 0  # bytes of the layers that a client keeps for itself in its half, which are not sent
+    server_own: float = 0  # likewise in its server's half
     cut: tuple[int, ...] = ()  # the shape of one sample at the cut
 
 # %% ../../nbs/38_costs.table.ipynb #47261ed7
@@ -161,6 +163,9 @@ def costs_of(
     models, names = [part.model if part else None for part in parts], ("client_bytes", "server_bytes", "aux_bytes")
     there = [(name, part) for name, part in zip(names, parts, strict=True) if part]
     own: dict[str, Any] = {name: tensor_bytes(part.exchanged()) for name, part in there}
+    for name, part in there[:2] if state.experiment.model.own_layers else ():
+        kept = {entry: t for entry, t in part.exchanged().items() if is_own(state.experiment, entry)}
+        own[name.replace("_bytes", "_own")] = tensor_bytes(kept)
     how = models, state.data[0].image_shape, state.criterion
     try:
         counted = _counted(*how, "meta")
@@ -250,9 +255,12 @@ def work_of(
         at_cut = [amount.of(settings, cut) for name, amount in amounts.items() if name not in others]
         return sum(getattr(costs, name) * amount.of(settings, batches) for name, amount in others.items()) + sum(at_cut)
 
-    models = sum(getattr(costs, name) for name in cost.averaged) if settings.averages(rnd) else 0
+    sent = costs._replace(
+        client_bytes=costs.client_bytes - costs.client_own, server_bytes=costs.server_bytes - costs.server_own
+    )
+    models = sum(getattr(sent, name) for name in cost.averaged) if settings.averages(rnd) else 0
     cut_up, cut_down = cut_bytes(experiment, costs, batches)
-    late = sum(getattr(costs, name) for name in (*cost.averaged, *cost.returning)) if returns else 0
+    late = sum(getattr(sent, name) for name in (*cost.averaged, *cost.returning)) if returns else 0
     down = total(cost.down, cut_down) + models + late
     steps = batch_sizes(experiment, longest or samples)
     down += sum(getattr(costs, name) * amount.of(settings, steps) for name, amount in cost.together.items())

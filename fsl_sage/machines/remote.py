@@ -177,6 +177,8 @@ def check_remote(experiment: Experiment) -> None:
     require(experiment.model.head_cut is None, "model.head_cut", experiment.model.head_cut, fine)
     fine = "left out between machines: a client takes the others' models to have the shapes of its own"
     require(not experiment.model.cuts, "model.cuts", list(experiment.model.cuts), fine)
+    fine = "left out between machines: the server has no client's own layers to evaluate"
+    require(not experiment.model.own_layers, "model.own_layers", list(experiment.model.own_layers), fine)
     experiment.algorithm.between_machines()
 
 # %% ../../nbs/78_machines.remote.ipynb #556123a2
