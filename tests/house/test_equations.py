@@ -20,12 +20,13 @@ METHODS = [
     "36_algorithms.sglr",
     "36b_algorithms.sage_split_lr",
     "36c_algorithms.zeroth",
+    "36h_algorithms.asynchronous",
     "68_papers.leakage",
     "from_scratch",
     "from_scratch_sglr",
 ]  # those that teach a method: equations with numbers and a picture are a must
 EQUATION = re.compile(r"\$\$(.+?)\$\$", re.S)
-TAG = re.compile(r"(?:\\tag\{|\\qquad *\()(\d+[a-z]?)[})]")
+TAG = re.compile(r"\\tag\{(\d+[a-z]?)\}")
 MARK = re.compile(r"#((?: \(\d+[a-z]?\),?)+)")  # of a comment that begins with numbers: # (1), (2)
 LARGEST = 60_000  # bytes of a stored picture
 
