@@ -213,7 +213,7 @@ def language_data(
     seed: int,  # seed0 + client, 99 for the test set
     device: str | torch.device = "cpu",
 ) -> FixedData:  # x (n, L); y (n, 2, L): targets, mask
-    "Contexts of 2 to 6 random tokens, completions of 3 to 8, cut and filled up with token 0."
+    "Random texts, cut or filled up with token 0: contexts of 2 to 6 tokens, completions of 3 to 8."
     rs, length, rows = np.random.RandomState(seed), spec["seq_len"], []
     for _ in range(n):
         context, completion = rs.randint(2, 7), rs.randint(3, 9)

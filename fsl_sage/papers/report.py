@@ -181,7 +181,7 @@ def duration(
 PAPERS = {
     "sage": "FSL-SAGE", "sglr": "SGLR", "language": "Language models",
     "lora": "LoRA", "splitlora": "SplitLoRA", "": "More",
-}  # how names of figures begin, and the ledger's papers  # fmt: skip
+}  # how names of figures begin, and the papers of the claims  # fmt: skip
 
 
 def by_paper(

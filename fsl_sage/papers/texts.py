@@ -76,7 +76,7 @@ MOST_ROWS = 24  # of a table in a text; larger ones are linked
 MOST_COLUMNS = 12  # likewise
 NOT_SHOWN = ("curves", VERSUS.removesuffix(".csv").strip("_"))
 LATER = {"words": [], "instruction_sets": [], "command": None, "drawn": {}, "core_seconds": None, "peak_bytes": None}
-# what the JSON of a picture says where an earlier version wrote it
+# values of the fields that a picture's JSON lacks if an earlier version wrote it
 
 
 def words(name: object) -> str:

@@ -53,7 +53,7 @@ class Look:
 def look(
     state: State,  # of an algorithm with auxiliary models; stays as it is
     i: int,  # client, from 0
-    rnd: int,  # round whose first batch is looked at
+    rnd: int,  # round; `look` takes its first batch
 ) -> Look:
     """The true and the estimated gradient at client `i`'s cut. `ValueError` where there are no auxiliary models.
 

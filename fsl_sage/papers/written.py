@@ -40,7 +40,7 @@ def text_dataset(
     experiment: Any,  # an Experiment
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
 ) -> TextDataset:
-    "The texts that an experiment is about, with their vocabulary. `ValueError` if it has none."
+    "The texts that an experiment trains on, with their vocabulary. `ValueError` if it has none."
     config = experiment.dataset
     dataset = load(config.name, root, vocabulary=config.vocabulary, seq_len=config.seq_len, objective=config.objective)
     known = isinstance(dataset, TextDataset) and dataset.texts is not None and not dataset.texts.plain
@@ -84,7 +84,7 @@ def beside(
     contexts: int = 10,  # of the test set, the first ones
     **options: int | float,  # as for `generation.answers`
 ) -> pd.DataFrame:  # context, written, references (several, with bars between)
-    "What the model writes of the first test contexts."
+    "What the model writes for the first test contexts, beside the references."
     chosen = dict(list(references(dataset.texts.test).items())[:contexts])
     written = answers(model, dataset.vocabulary, list(chosen), **options)  # type: ignore[arg-type]
     rows = zip(chosen, written, map(" | ".join, chosen.values()), strict=True)
@@ -170,7 +170,7 @@ def less_others(
     better: Mapping[str, int],  # column → 1: more is better; -1: less is
     label: str = "FSL-SAGE",  # of the method
 ) -> pd.DataFrame:  # a row per column and other method: value, label, n, mean, half, differences, verdict
-    "The method's numbers less those of each other method, seed by seed."
+    "The method's numbers minus those of each other method, seed by seed."
     parts = []
     for value, sign in better.items():
         for other in [name for name in dict.fromkeys(table.label) if name != label]:
