@@ -18,7 +18,7 @@ from ..core import printable, require
 from ..ledger import is_channels_last
 
 # %% ../../nbs/76_machines.messages.ipynb #b8cdf9b5
-LONGEST = 1000  # characters that an error may have: a sender chooses some of them
+LONGEST = 1000  # characters of an error at most: it may quote what a stranger sent
 
 
 class MessageError(ValueError):

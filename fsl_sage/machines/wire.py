@@ -89,7 +89,7 @@ def check_stamp(
         raise MessageError(f"it names {said}, where {stamp(rnd, client)} was due")
 
 # %% ../../nbs/77_machines.wire.ipynb #82a1ca3c
-LARGEST = 10.0  # times the median of the clients, or the value of the server's own samples: the server refuses more
+LARGEST = 10.0  # the server refuses more than so many times the clients' median, or its own samples' value
 LOSS = 1000.0  # a loss up to this is never refused
 
 
