@@ -147,7 +147,8 @@ def u_shaped_step(
     criterion: Callable[..., Tensor],  # (logits, labels) → mean loss
 ) -> Tensor:  # mean loss, detached
     "Smashed data up, features down, their gradient up, the gradient at the cut down (Vepakomma et al., 2018)."
-    head = replace(client, model=client.model.get_submodule("head"), schedule=None)  # one step of the schedule, not two
+    # one step of the schedule, not two; NoPeek is for what crosses the first cut
+    head = replace(client, model=client.model.get_submodule("head"), schedule=None, nopeek=0.0)
     smashed = client(x)
     at_server = link.up(smashed=smashed).requires_grad_(smashed.requires_grad)
     features = server(at_server)

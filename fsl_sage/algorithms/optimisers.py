@@ -109,6 +109,7 @@ def make_part(
     precision: str = "fp32",  # one of PRECISIONS
     totals: Sequence[int] = (1,),  # steps in the whole run, one entry per client, for a schedule in steps
     keeps: bool = False,  # whether frozen weights are `fixed`: sent once, before the first round
+    nopeek: float = 0.0,  # α, of a client's half
 ) -> Part:
     "`model` with a fresh optimiser and schedule."
     parameters = list(model.parameters()) or [nn.Parameter(torch.empty(0), requires_grad=False)]
@@ -119,4 +120,4 @@ def make_part(
         total = config.scheduler.total_steps
         schedule = StepSchedule(optimizer, config.scheduler.warmup_steps, totals if total is None else (total,))
     frozen = [name for name, parameter in model.named_parameters() if keeps and not parameter.requires_grad]
-    return Part(model, optimizer, scheduler, precision, None, (), new_recorder(), frozenset(frozen), schedule)
+    return Part(model, optimizer, scheduler, precision, None, (), new_recorder(), frozenset(frozen), schedule, nopeek)

@@ -29,6 +29,7 @@ from ..networks.auxiliary import FIRST_LAYERS, auxiliary_for, auxiliary_model
 from ..networks.cut import SplitModel, cut_layers, evaluated, with_head
 from ..networks.decoders import decoder_auxiliary, positions_of, usual_blocks
 from ..networks.gpt2 import DECODERS, Adapter, blocks_of, released_bytes
+from ..networks.defences import narrowed
 from ..networks.layout import fast_layout
 from ..networks.part import LOSSES, Draws, NextToken, Part
 from ..networks.trial import Trial, try_parts
@@ -285,6 +286,10 @@ def _fresh_models(
     ours = model.name in OURS and ("auxiliary", f"{model.name}/{size}") not in PLUGGED
     if aux is not None and not ours:
         trial = try_parts(split, aux, shape, classes, record_of(experiment).auxiliary == "gradient", who)
+    if (channels := experiment.defence.bottleneck) is not None:
+        smashed = evaluated(split.client, torch.zeros(2, *shape))
+        with random_stream(generator(experiment.init_seed, "init", "bottleneck"), device):
+            aux = narrowed(split, aux, channels, smashed)
     if model.head_cut is not None:
         split = with_head(split, model.head_cut, evaluated(split.client, torch.zeros(2, *shape)))
         drawing = trial.drawing | ({"client"} if "server" in trial.drawing else set())  # the head may draw
@@ -350,6 +355,7 @@ def part_options(
     "The arguments of `make_part` that are the same for all parts of one kind."
     totals = own_steps(experiment, data, kind, servers)
     own = {"rounds": experiment.rounds, "precision": experiment.precision}
+    own["nopeek"] = experiment.defence.nopeek if kind == "client" else 0.0
     return own | {"totals": totals, "keeps": reads_text(experiment)}
 
 

@@ -13,7 +13,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from .parts import ClockConfig, CodecsConfig, DatasetConfig, ModelConfig, cut_of_each
+from .parts import ClockConfig, CodecsConfig, DatasetConfig, DefenceConfig, ModelConfig, cut_of_each
 from .settings import Settings, algorithms, build, check_types, record_of, setting_fields, settings_of
 from ..core import one_of, require
 from ..data.text import LENGTH
@@ -31,6 +31,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 # %% ../../nbs/25_config.experiment.ipynb #8a3bc6f6
 LATER_FIELDS = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "codec": asdict(CodecsConfig()),
+    "defence": asdict(DefenceConfig()),
     "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
@@ -100,6 +101,7 @@ class Experiment:
     participation_seed: int | None = None  # of that draw
     clock: ClockConfig | None = None  # a simulated clock, if not None
     codec: CodecsConfig = CodecsConfig()  # how smashed data and their gradients are compressed
+    defence: DefenceConfig = DefenceConfig()  # what is done so that less is told there
     target_accuracy: float | None = None  # on the test set, in (0, 1]: the run ends once it is reached; None: none
 
     def __post_init__(self):
@@ -201,6 +203,7 @@ def _settle_parts(experiment: Experiment) -> None:
     _settle_text(experiment)
     experiment.algorithm.follow(experiment)
     _settle_codec(experiment)
+    _settle_defence(experiment)
     parts = [("codec", codec.name) for codec in (experiment.codec.smashed, experiment.codec.cut_grad)]
     parts += [("dataset", experiment.dataset.name), ("model", model.name), ("algorithm", name)]
     parts.append(("vocabulary", experiment.dataset.vocabulary))
@@ -216,6 +219,25 @@ def _settle_codec(experiment: Experiment) -> None:
     sent = {"smashed": "smashed" in cost.up, "cut_grad": "smashed" in cost.down}
     own = {name: getattr(codec, name) if there else type(codec)().smashed for name, there in sent.items()}
     object.__setattr__(experiment, "codec", CodecsConfig(**own))
+
+# %% ../../nbs/25_config.experiment.ipynb #1529277f
+def _settle_defence(experiment: Experiment) -> None:
+    "Leave out defences of what is never sent; refuse those that a network or an algorithm cannot have."
+    record, own, model = record_of(experiment), experiment.defence, experiment.model
+    cost = record.cost_of(experiment)
+    if own == DefenceConfig() or cost is None:
+        return
+    if "smashed" not in cost.up:
+        own = DefenceConfig()
+    if "smashed" not in cost.down:
+        own = replace(own, max_norm=False)
+    images = own == DefenceConfig() or MODELS[model.name].reads == "images"
+    require(images, "model.name", model.name, "a network that reads images where there is a defence")
+    steps = own.nopeek == 0 or "forward" not in cost.client
+    require(steps, "defence.nopeek", own.nopeek, f"0 for {record.name!r}, whose clients do not back-propagate")
+    narrow = own.bottleneck is None or (not model.cuts and model.head_cut is None)
+    require(narrow, "defence.bottleneck", own.bottleneck, "None with model.cuts or model.head_cut")
+    object.__setattr__(experiment, "defence", own)
 
 # %% ../../nbs/25_config.experiment.ipynb #054e8370
 # Fields of a data set, at their defaults.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SchedulerConfig', 'OptimizerConfig', 'DatasetConfig', 'ClientConfig', 'ServerConfig', 'AuxiliaryConfig',
-           'AdapterConfig', 'ModelConfig', 'cut_of_each', 'CodecConfig', 'CodecsConfig', 'ClockConfig']
+           'AdapterConfig', 'ModelConfig', 'cut_of_each', 'CodecConfig', 'CodecsConfig', 'DefenceConfig', 'ClockConfig']
 
 # %% ../../nbs/24_config.parts.ipynb #266b5dfb
 import math
@@ -305,6 +305,28 @@ class CodecsConfig:
         if answer is not None and CODECS[self.smashed.name].answer is answer:
             down = replace(down, rate=self.smashed.rate)
         object.__setattr__(self, "cut_grad", down)
+
+# %% ../../nbs/24_config.parts.ipynb #df3c82a8
+@dataclass(frozen=True)
+class DefenceConfig:
+    "What client or server do so that less is told at the cut."
+
+    nopeek: float = 0.0  # α: weight in the client's loss of the distance correlation of images and smashed data
+    max_norm: bool = False  # the sender of gradients makes their lengths look alike
+    clip: float = 0.0  # C: longest a sample's smashed data may be on the way; 0: as long as it is
+    noise: float = 0.0  # σ: noise of deviation σ·C on smashed data; 0: none
+    drop: float = 0.0  # part of a sample's channels that is not sent, drawn for each upload, in [0, 1)
+    bottleneck: int | None = None  # channels that cross the cut, by a 1 × 1 convolution; None: all
+
+    def __post_init__(self):
+        check_types(self, "defence.")
+        for name in ("nopeek", "clip", "noise"):
+            require(0 <= getattr(self, name) < math.inf, f"defence.{name}", getattr(self, name), "0 or more")
+        fine = "greater than 0 where defence.noise is: noise without clipping protects nothing"
+        require(self.clip > 0 or self.noise == 0, "defence.clip", self.clip, fine)
+        require(0 <= self.drop < 1, "defence.drop", self.drop, "0 or more, less than 1")
+        channels = self.bottleneck
+        require(channels is None or channels >= 1, "defence.bottleneck", channels, "at least 1 channel, or None")
 
 # %% ../../nbs/24_config.parts.ipynb #d14ca1c8
 @dataclass(frozen=True)

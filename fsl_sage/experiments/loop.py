@@ -26,6 +26,7 @@ from ..data.images import Dataset, Images
 from .history import CLIENT_COLUMNS, client_accuracies, client_columns, evaluate_mean, mean_loss
 from ..ledger import Ledger
 from ..networks.codecs import coders
+from ..networks.defences import shields
 
 # %% ../../nbs/44_experiments.loop.ipynb #03e0307a
 class Round(NamedTuple):
@@ -96,7 +97,9 @@ def rounds(run: Run) -> Iterator[Round]:
 
     `ValueError` if the algorithm sends something to or from an absent client."""
     state, ledger, record = run.state, run.ledger, record_of(run.state.experiment)
-    attending, ledger.coders = iter(run.attending), coders(state.experiment.codec, state.experiment.sampling_seed)
+    experiment, attending = state.experiment, iter(run.attending)
+    packing = coders(experiment.codec, experiment.sampling_seed)
+    ledger.coders = shields(experiment.defence, packing, experiment.sampling_seed)
     while not is_spent(state.experiment, ledger) and (attendance := next(attending, None)):
         rnd, sent, state.events = attendance.round, len(ledger.transfers), attendance.events
         take_part(state, attendance.clients, rnd, ledger)

@@ -79,7 +79,7 @@ class Placed(Part):
 def placed(part: Part) -> Placed:
     "The same part, placed."
     how = part.scheduler, part.precision
-    return Placed(part.model, part.optimizer, *how, fixed=part.fixed, schedule=part.schedule)
+    return Placed(part.model, part.optimizer, *how, fixed=part.fixed, schedule=part.schedule, nopeek=part.nopeek)
 
 
 def elsewhere(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import generator, random_stream, require
+from .defences import with_nopeek
 from .recording import Recorder, recorded
 
 # %% ../../nbs/16_networks.part.ipynb #9078a64c
@@ -90,6 +91,7 @@ class Part:
     recorder: Recorder | None = field(default=None, compare=False, repr=False)  # of its steps, on a GPU
     fixed: frozenset[str] = frozenset()  # names of parameters that all machines have from the start, never trained
     schedule: StepSchedule | None = None  # one step per step of the optimiser
+    nopeek: float = 0.0  # α: weight of NoPeek's term, of a client's half
     correction: Callable[[], None] | None = field(default=None, repr=False)  # changes gradients before each step
 
     def __call__(
@@ -104,9 +106,11 @@ class Part:
 
     def _pass(self, x: Tensor) -> Tensor:
         if self.precision != "bf16":
-            return self.model(x)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.model(x).float()
+            output = self.model(x)
+        else:
+            with torch.autocast(x.device.type, torch.bfloat16):
+                output = self.model(x).float()
+        return with_nopeek(output, x, self.nopeek) if self.nopeek and self.model.training else output
 
     @property
     def learns(self) -> bool:
@@ -146,7 +150,8 @@ class Part:
     def player(self) -> Recorder | None:
         "What plays recorded steps; None if layers draw, or if steps change their rate or gradient."
         drawing = self.draws is not None and self.model.training
-        changed = self.schedule is not None or self.correction is not None  # a recording holds its rate
+        changed = self.schedule is not None or self.correction is not None or self.nopeek > 0
+        # a recording holds its rate
         return None if drawing or changed else self.recorder
 
     def forward(

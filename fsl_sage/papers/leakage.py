@@ -25,6 +25,7 @@ from ..experiments.models import load_model
 from ..experiments.runs import RunStore
 from ..experiments.attempt import run_name
 from ..experiments.store import model_of
+from ..networks.defences import distance_correlation_of
 from ..networks.zoo import split_model
 from ..experiments.history import History
 from ..experiments.setup import prepare
@@ -50,21 +51,13 @@ def ssim(
     return ratio.unflatten(0, x.shape[:2]).mean((1, 2, 3, 4))
 
 # %% ../../nbs/68_papers.leakage.ipynb #014efddf
-def _centred_distances(x: Tensor) -> Tensor:
-    flat = x.flatten(1).double()
-    distance = torch.cdist(flat, flat).fill_diagonal_(0)
-    return distance - distance.mean(0) - distance.mean(1, keepdim=True) + distance.mean()
-
-
 def distance_correlation(
     x: Tensor,  # (n, …)
     y: Tensor,  # (n, …)
 ) -> float:  # 0 … 1
     "Distance correlation of paired samples; 0 if one of them is constant. `ValueError` if they are no pairs."
     require(len(x) == len(y) > 1, "y", len(y), f"as many samples as x ({len(x)}), 2 or more")
-    a, b = _centred_distances(x), _centred_distances(y)
-    scale = ((a * a).mean() * (b * b).mean()).sqrt()
-    return math.sqrt(max(0.0, float((a * b).mean() / scale))) if scale > 0 else 0.0  # (2)
+    return float(distance_correlation_of(x, y))  # (2)
 
 # %% ../../nbs/68_papers.leakage.ipynb #6007ee2b
 def decoder(
@@ -139,7 +132,8 @@ def trained_client(
 ) -> tuple[History, nn.Module]:  # the client's half after the last round
     "A client of `experiment` as it is after training: from the store, or trained here."
     runs = RunStore(store) if store else None
-    if runs and runs.stored([experiment], root):
+    same = experiment.defence.bottleneck is None  # else a network with two more layers
+    if runs and same and runs.stored([experiment], root):
         (history,) = runs.get([experiment], device, root, progress=False)
         name, model = run_name(runs.root, experiment, history.data), experiment.model
         if model_of(runs.root, name).exists():

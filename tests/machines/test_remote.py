@@ -105,6 +105,7 @@ PACKED = {
     "fsl_sage": {"codec.smashed.bits": 2, "codec.smashed.stochastic": True},
     "cse_fsl": {"codec.smashed.name": "random_top_k", "codec.smashed.rate": 0.05},
 }
+DEFENDED = {"defence.nopeek": 0.5, "defence.clip": 2.0, "defence.noise": 0.1, "defence.drop": 0.2}
 
 
 @pytest.mark.parametrize("algorithm", PACKED)
@@ -115,6 +116,13 @@ def test_packed_messages_travel_and_end_with_the_history_of_the_simulation(algor
     packed = history.ledger.query("kind == 'smashed'").bytes.sum()
     plain = train(small(algorithm), "cpu", progress=False).ledger.query("kind == 'smashed'").bytes.sum()
     assert packed < plain / 8
+
+
+@pytest.mark.parametrize("algorithm", PACKED)
+def test_defended_clients_end_with_the_history_of_the_simulation(algorithm, tmp_path):
+    experiment = small(algorithm, **PACKED[algorithm] | DEFENDED)
+    history = ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server")
+    assert_same(train(experiment, "cpu", progress=False), history)
 
 
 def spoilt(answer):
