@@ -89,7 +89,7 @@ class ClientData:
 
 # %% ../../nbs/11_data.batches.ipynb #6cd20a38
 EVAL_VALUES = 2**22  # numbers in a batch of evaluation, at most (one image may have more)
-EVAL_TOKENS = 2**11  # likewise tokens, each of which becomes as many numbers as the vocabulary has
+EVAL_TOKENS = 2**11  # tokens in a batch of evaluation, at most; each token's logits are as many as the vocabulary
 
 
 def eval_batches(

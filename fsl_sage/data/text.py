@@ -288,4 +288,4 @@ class TextDataset(Dataset):
     "Training and test texts as tokens; `num_classes` is the size of the vocabulary, `mean` and `std` are empty."
 
     vocabulary: Vocabulary | None = None  # None: the data came as tokens, without a vocabulary
-    texts: Texts | None = None  # all that were found, before some were chosen; None: likewise
+    texts: Texts | None = None  # all that were found, before some were chosen; None: the data came as tokens

@@ -25,7 +25,7 @@ class Anatomy(NamedTuple):
 
     blocks: str  # name of the list of blocks in the decoder
     below: tuple[str, ...]  # the decoder's other layers that run before the first block
-    above: tuple[str, ...]  # and after the last one
+    above: tuple[str, ...]  # the decoder's other layers that run after the last block
     gives_tuple: bool  # whether a block's tensor is the first of several
     logits: Tensor  # (2, L, V) for `tokens`
     tokens: Tensor  # (2, L), int64, at random
@@ -284,7 +284,7 @@ def count_blocks(
 
 def usual_blocks(
     name: str,  # of the decoder
-    server: nn.Module,  # its half
+    server: nn.Module,  # the server's half of this decoder
     asked: int | None = None,  # what the configuration says
 ) -> int:
     "The number of blocks of its auxiliary model: `asked`, or else the usual number, at most those of the server."

@@ -167,7 +167,7 @@ class Pair:
         self.grad = torch.zeros_like(self.out)
         _, self._replay_backward = maker.record(lambda: part.step(self._open, self.grad), part)
         if isinstance(maker, OnGpu):
-            self._open = None  # the graphs have their own memory; this one kept autograd's
+            self._open = None  # the CUDA graphs have memory of their own; autograd's graph is no longer needed
 
     @torch.no_grad()
     def forward(
@@ -266,7 +266,7 @@ class Recorder:
 
 # %% ../../nbs/12_networks.recording.ipynb #f5750ec6
 def _key(what: Any, part: Trained, tensors: Sequence[Tensor]) -> tuple:
-    "The key of a recording: it fits only calls with the same."
+    "The key of a recording, which fits only calls with an equal key."
     forms = tuple((t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors)
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     return what, forms, flags, part.model.training
