@@ -56,7 +56,7 @@ class AsynchronousSettings(Settings):
 class GasSettings(AsynchronousSettings):
     "Of asynchronous rounds with generated activations."
 
-    generate_every: int = setting(1, 0)  # F: steps of the server between two with generated activations; 0: never
+    generate_every: int = setting(1, 0)  # F: every F-th step of the server has generated activations; 0: none
     shift_logits: bool = True  # answers are gradients of the loss with log(label shares) added to the logits
 
     def images_only(self) -> str:
@@ -144,7 +144,7 @@ def init(
     data: Sequence[LocalData],  # one per client
     ledger: Ledger,
 ) -> AsynchronousState:
-    "Fresh models, empty buffers; for GAS the label shares, and statistics of nothing yet."
+    "Fresh models, empty buffers; for GAS also the label shares."
     begun, settings = begin(experiment, data, ledger), experiment.algorithm
     state = AsynchronousState(experiment, data, begun.clients, begun.servers, drawing=begun.drawing, fast=begun.fast)
     state.newest = {name: tensor.detach().clone() for name, tensor in state.clients[0].exchanged().items()}
@@ -246,7 +246,7 @@ def answered_step(
     y: Tensor,  # (batch,)
     link: Link,  # between the client and the server
 ) -> None:
-    "One local step: an upload, which stays in the buffer, and the answer of the server as it is."
+    "One local step: the client uploads, the server answers with its present weights and keeps the upload."
     client, (server,) = state.clients[event.client], state.servers
     smashed = client.forward(x)
     at_server, labels = link.up(smashed=smashed, labels=y)
@@ -314,7 +314,7 @@ def asynchronous_round(
     return metrics
 
 
-AS_THEY_COME = "as they come"  # how the clients' times make up a round's: the events decide
+AS_THEY_COME = "as they come"  # order of work: the events determine how long a round takes
 COST = RoundCost({"client": EACH}, {"target": EACH, "server": EACH}, averaged=("client_bytes",), **EXCHANGE)
 ASYNC_SPLITFED = Algorithm(
     "async_splitfed", asynchronous_round, "Async SplitFed",

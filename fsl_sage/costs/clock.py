@@ -225,7 +225,7 @@ def attended_seconds(
 
 # %% ../../nbs/39_costs.clock.ipynb #4280cbf1
 def simulated_seconds(
-    history: Any,  # a `training.History`, with or without a clock of its own
+    history: Any,  # an `experiments.history.History`, with or without a clock of its own
     samples: Sequence[int],  # of each client
     costs: Costs | list[Costs],  # of its models, or one per client
     clock: ClockConfig,  # the speeds to price it by

@@ -54,16 +54,16 @@ class Costs(NamedTuple):
     client: float = 0  # a client's own step
     forward: float = 0  # a client's forward pass only
     with_aux: float = 0  # a client's and its auxiliary model's, on the auxiliary loss (CSE-FSL)
-    forward_with_aux: float = 0  # the forward pass of both only
+    forward_with_aux: float = 0  # forward passes only, of the client and its auxiliary model
     estimate: float = 0  # the estimated gradient at the cut (FSL-SAGE)
     server: float = 0  # a step of the server that gives no gradient back
-    exact: float = 0  # a step of the server that gives one back
+    exact: float = 0  # a step of the server that gives a gradient back
     server_forward: float = 0  # the server's forward pass only
     target: float = 0  # the true gradient at the cut, for an alignment
     answer: float = 0  # a backward pass to the cut alone
     alignment: float = 0  # a pass of an alignment
     smashed: float = 0  # bytes of one sample at the cut
-    features: float = 0  # bytes of one sample at the second cut, with model.head_cut; then `client` has the head
+    features: float = 0  # bytes of one sample at the second cut, with model.head_cut; `client` then includes the head
     client_bytes: float = 0  # bytes of the client's model
     statistics: int = 0  # bytes of its buffers: BatchNorm's statistics
     server_bytes: float = 0  # bytes of the server's model
@@ -119,7 +119,7 @@ def _plain(model: nn.Module) -> nn.Module:
 def _counted(
     models: Sequence[nn.Module | None], image_shape: tuple[int, ...], criterion: Callable[..., Tensor], device: str
 ) -> Costs:
-    "The costs of a client, a server and an auxiliary model or None, run as copies on `device`; no models' bytes."
+    "The costs of client, server and auxiliary model (or None), run as copies on `device`; no bytes of models."
     client, server, aux = (model and _plain(deepcopy(model)).to(device).train() for model in models)
     x, y = example_batch(image_shape, isinstance(criterion, NextToken), device=device)
     n, smashed = len(x), client(x).detach()

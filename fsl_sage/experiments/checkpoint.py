@@ -113,7 +113,7 @@ def _channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/41_experiments.checkpoint.ipynb #0f6df8af
-KNOWN = {spec.name for spec in fields(State)} | {"buffers", "told"}  # what `_tensors` and `save_checkpoint` see to
+KNOWN = {spec.name for spec in fields(State)} | {"buffers", "told"}  # fields that `save_checkpoint` writes anyway
 
 
 def own_fields(
@@ -173,7 +173,7 @@ def save_checkpoint(
     progress: Progress,
     beside: dict[str, Tensor] | None = None,  # further tensors to keep in the file, for `load_beside`
 ) -> None:
-    "Write a run between two rounds. A failure leaves the file of before as it was, and raises `OSError`."
+    "Write a run between two rounds. A failure leaves the previous file unchanged, and raises `OSError`."
     extra: dict[str, Tensor] = {}
     own = {name: _flatten(value, f"own.{name}", extra) for name, value in own_fields(state).items()}
     extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in extra.items()}

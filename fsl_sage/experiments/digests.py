@@ -126,13 +126,13 @@ MACHINERY |= {str(_HERE / "machines" / f"{name}.py") for name in ("flower", "ran
 
 
 def _opener() -> str | None:
-    "The tag of the plug-in whose code opens a file; None if there is none, or the file is no part of it."
+    "The tag of the plug-in whose code opens a file. None: no plug-in does, or files of this kind are left out."
     frame, tag = sys._getframe(3), None  # above: this, `_note`, and its caller here
     while frame:
         where, frame = frame.f_code.co_filename, frame.f_back
         tag = tag or OPENERS.get(where)
         if where == sources.__file__ or (where in MACHINERY and not (tag and _BUILT)):
-            return None  # images, which are digested; or a run at work, whose checkpoint it may be
+            return None  # a data set, which is digested anyway; or a file of a run, such as a checkpoint
     return tag
 
 # %% ../../nbs/40_experiments.digests.ipynb #bd9edcf2
@@ -167,7 +167,7 @@ def _listen_once() -> None:
         _note(filename)
         return own(filename, *args, **named)
 
-    # A function that gives what the class would.
+    # This function returns what the class `safe_open` would.
     safetensors.torch.safe_open = safetensors.safe_open = safe_open  # type: ignore[assignment, misc]
 
 
@@ -221,7 +221,7 @@ def with_files(
     experiment: Experiment,  # whose parts were built
     now: bool = False,  # digest what the files hold now; False: what they held when they were read
 ) -> str:
-    "The digest of the data, of files that plug-ins have read, and of pretrained weights; that of the data if none are."
+    "The digest of data, files that plug-ins have read, and pretrained weights; of the data alone without such files."
     read = {_weights(find_weights(experiment.model.name))} if experiment.model.pretrained else set()
     for tag in experiment.plugins:
         read |= set(_READ.get((tag,), {}).values())

@@ -100,7 +100,7 @@ ALIGNMENT_COLUMNS = (
 )  # fmt: skip
 
 
-WHOLE = ("rounds", "budget", "target")  # what ends a run as its experiment says
+WHOLE = ("rounds", "budget", "target")  # values of `History.stopped` if the run ended as its experiment plans
 
 
 @dataclass(frozen=True)
