@@ -47,7 +47,7 @@ class RunDigests(Digests):
     "The digests of experiments' data and of the files that their plug-ins read."
 
     def of(self, experiment: Experiment) -> str | None:
-        "As `data_digest` says; a plug-in's parts are built once to see which files they read."
+        "As `data_digest` says; builds a plug-in's parts once to see which files they read."
         digest = super().of(experiment)
         if digest is None or not (experiment.plugins or experiment.model.pretrained):
             return digest
@@ -166,7 +166,7 @@ def _train_and_put(
     "Train `experiment` and store the run, unless it is there. `DivergedError` names the folder of a diverged run."
     config = experiment.dataset
     data = RunDigests(root).of(experiment)
-    if data is None:  # then they are downloaded now
+    if data is None:  # the data are not here: download them now
         digest = digest_of(checked_arrays(config.name, data_root(root), image_size=config.image_size)[0])
         data = RunDigests(root).of(experiment) or digest
     while True:
@@ -174,7 +174,7 @@ def _train_and_put(
         with run_lock(store, name, wait) as held, _one_thread(device):
             if not held:
                 return False
-            if run_name(store, experiment, data) == name:  # else a run of other data came there during the wait
+            if run_name(store, experiment, data) == name:  # otherwise a run of other data took the name during the wait
                 _train_here(experiment, store, name, data, device, root, progress, callbacks, jobs, recorded)
                 return True
 

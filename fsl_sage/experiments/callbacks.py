@@ -174,7 +174,7 @@ def finish(
 
 # %% ../../nbs/45_experiments.callbacks.ipynb #1f6ef2aa
 def tell_interrupted(callbacks: Sequence[Callback], error: BaseException) -> None:
-    "Call `interrupted` of all. An error of theirs becomes a note to `error`."
+    "Call `interrupted` of all. If a callback fails, its error becomes a note to `error`."
     for callback in callbacks:
         try:
             callback.interrupted(error)

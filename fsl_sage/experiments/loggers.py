@@ -82,7 +82,7 @@ class WandB(Callback):
         for row in at.earlier if again else ():
             self._log(row)
 
-    def _forget_sessions(self, name: str) -> bool:  # whether none is left: the next one must hold the whole run
+    def _forget_sessions(self, name: str) -> bool:  # True: no session is left, so the next must hold the whole run
         "Delete the run's offline sessions, but not those that `wandb sync` has sent."
         sessions = list(self.folder.glob(f"wandb/offline-run-*-{name}"))
         sent = [session for session in sessions if list(session.glob("*.synced"))]

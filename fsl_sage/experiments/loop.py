@@ -136,7 +136,7 @@ class Bench:
             return dict.fromkeys([*names, *by_client, *self._perplexity(math.nan)], math.nan)
         models = self.algorithm.evaluation_models(state)
         tallies = None if self.shares is None else [self._tally() for _ in models]
-        with state.draws.stream("evaluation"):  # for layers that draw there, too
+        with state.draws.stream("evaluation"):  # also for layers that draw random numbers in evaluation
             results = list(evaluate_mean(models, self.dataset.test, self.dataset, self.criterion, tallies))
             if self.validation is not None:
                 results.append(evaluate_mean(models, self.validation, self.dataset, self.criterion)[0])

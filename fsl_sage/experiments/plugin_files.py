@@ -69,7 +69,7 @@ def _line(error: BaseException, path: str) -> int | None:
 
 
 def _run(source: Source) -> None:
-    "Run a plug-in's file, unless it is loaded as it is. `PluginError` names the line if it fails."
+    "Run a plug-in's file, unless this content is loaded. `PluginError` names the line if it fails."
     if source.tag in FILES:
         return
     path, before = Path(source.home), set(sys.modules)
@@ -103,7 +103,7 @@ def _check_imports(source: Source, new: set[str]) -> None:
 def load_file(
     path: str | Path,  # a Python file
 ) -> str:  # its tag, name@digest
-    "Run a plug-in's file, unless it is loaded as it is. `PluginError` names the line if it fails."
+    "Run a plug-in's file, unless this content is loaded. `PluginError` names the line if it fails."
     path = user_path(path).resolve()
     require(path.suffix == ".py" and path.is_file(), "plugins", str(path), "a Python file that exists")
     source = source_of(path, path.parent)

@@ -96,7 +96,7 @@ def side_by_side(
     lost: Callable[[Call, Exception], Any] | None = None,  # as for `apart`
     **options: Any,  # of joblib's `Parallel`
 ) -> Iterator[Any]:  # what they return, as they finish; with `return_as="generator"` in their order
-    "Do the work in processes that end with it; joblib would keep its own for minutes, each with PyTorch."
+    "Do the work in processes that end with it. joblib would keep its processes for minutes, each with PyTorch loaded."
     left = dict(enumerate(work))
     here = get_active_backend()[0].supports_return_generator  # a cluster's backend gives all results at the end
     usual = {"return_as": "generator_unordered"} if here else {"verbose": 10}

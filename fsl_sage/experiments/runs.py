@@ -80,7 +80,7 @@ class RunStore(StoredRuns):
         history: History,  # of a whole run
         wall_seconds: float | None = None,  # what it took
         device: str | torch.device = "auto",  # what it was trained on
-        federation: dict[str, Any] | None = None,  # how it differs from the simulation; None: it does not
+        federation: dict[str, Any] | None = None,  # how the run differs from the simulation; None: not at all
     ) -> Path:  # the run's folder
         "Store a finished run, unless the store has one of this experiment. `ValueError` if rounds are missing."
         fine = f"one of {', '.join(WHOLE)}: only a whole run has its experiment's hash"

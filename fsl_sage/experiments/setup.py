@@ -68,7 +68,7 @@ def prepare(
     experiment: Experiment,
     device: torch.device,
     root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
-) -> tuple[Dataset, Images | None]:  # the data set less its validation images; these
+) -> tuple[Dataset, Images | None]:  # the data set without its validation images; the validation images
     "The experiment's images, on `device`. `ValueError` names `dataset.val_size` if too few would be left."
     config = experiment.dataset
     asked = ("max_train", "max_test", "image_size", "vocabulary", "seq_len", "objective")

@@ -111,7 +111,7 @@ def write_run(
     history: History,
     made_with: dict[str, Any],  # its provenance
 ) -> None:
-    "Write a run's files. `StoreError` if what they say is not exactly `history`."
+    "Write a run's files. `StoreError` if they do not read back as exactly `history`."
     tables = {}
     for name in TABLES:
         table = getattr(history, name)
@@ -261,7 +261,7 @@ def _not_written(parent: Path, error: OSError) -> StoreError:
 
 
 def _empty_folder(parent: Path, name: str) -> Path:
-    "A new hidden folder in `parent`, as open to others as the user's umask says. `StoreError` if there cannot be one."
+    "A new hidden folder in `parent`, with the permissions of the user's umask. `StoreError` if there cannot be one."
     room = parent / f".{name}-{secrets.token_hex(6)}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -369,6 +369,6 @@ def run_lock(
         yield held
     finally:
         if held:
-            with suppress(OSError):  # where an open file cannot be deleted it stays
+            with suppress(OSError):  # a system that cannot delete an open file keeps it
                 os.unlink(lock.lock_file)
             lock.release()

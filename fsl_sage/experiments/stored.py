@@ -158,7 +158,7 @@ class StoredRuns:
         experiment: Experiment,
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> History | None:
-        "The stored run of `experiment` on the present data, or on any if there are none here; None if there is no run."
+        "The stored run of `experiment` on the present data (on any if no data are here); None if there is no run."
         return self._find(experiment, RunDigests(root))
 
     def _find(self, experiment: Experiment, digests: RunDigests) -> History | None:
@@ -177,7 +177,7 @@ class StoredRuns:
         experiments: Iterable[Experiment],
         root: str | Path | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     ) -> list[Experiment]:
-        "Those of `experiments` whose runs are stored, in their order."
+        "Those of `experiments` whose runs are stored, in the given order."
         digests = RunDigests(root)
         return [experiment for experiment in experiments if self._folder(experiment, digests).exists()]
 

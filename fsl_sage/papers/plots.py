@@ -78,7 +78,7 @@ LOOK: dict[str, Any] = {
     "lines.linewidth": 1.3, "lines.markersize": 4, "axes.linewidth": 1, "axes.axisbelow": True,
     "xtick.major.size": 4.8, "ytick.major.size": 4.8, "xtick.major.width": 1, "ytick.major.width": 1,
     "patch.edgecolor": "white", "patch.force_edgecolor": True, "patch.linewidth": 0.8, "image.cmap": "viridis",
-    "pdf.fonttype": 42,  # letters stay letters
+    "pdf.fonttype": 42,  # text stays text in a PDF
 }  # fmt: skip
 
 
