@@ -176,7 +176,7 @@ def _in_threads(state: State, work: Callable[[int], T], own: bool, workers: int)
                              "client's: draw them from core.generator(seed, client, round)")  # fmt: skip
         yield from results
     finally:
-        torch.set_num_threads(threads)  # a thread's own number reaches libraries that know only one for all
+        torch.set_num_threads(threads)  # the workers may have set it to 1 for the whole process
 
 # %% ../../nbs/31_algorithms.base.ipynb #1a9577bf
 def each_client(

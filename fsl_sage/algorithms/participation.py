@@ -58,7 +58,7 @@ def _begin_streams(state: State, rnd: int) -> None:
     for kind in state.drawing:
         parts = groups[kind]
         for i, part in enumerate(parts.slots if isinstance(parts, Fleet) else parts):
-            streamed = isinstance(parts, Fleet) and part.owner  # then it knows whose it is
+            streamed = isinstance(parts, Fleet) and part.owner  # a fleet has set its owner
             part.draws, part.owner = state.draws, (kind, *(part.owner[-1:] if streamed else [i]))
 
 # %% ../../nbs/30_algorithms.participation.ipynb #8789d668

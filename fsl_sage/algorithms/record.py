@@ -55,7 +55,7 @@ class RoundCost(NamedTuple):
     up: Mapping[str, Amount] = {}  # bytes to the server, besides the averaged models
     down: Mapping[str, Amount] = {}  # bytes to the client, besides the averaged models
     averaged: tuple[str, ...] = ()  # bytes of models: up, down, and down once more to a client that was absent
-    together: Mapping[str, Amount] = {}  # bytes down in each step of the longest client, if clients work in step
+    together: Mapping[str, Amount] = {}  # bytes down to every client in each step of the client with most samples
     returning: tuple[str, ...] = ()  # bytes of other models that the server sends to a client that was absent
     aligned: tuple[str, ...] = ()  # bytes of models that the server sends in a round that aligns
 
@@ -98,11 +98,11 @@ class Algorithm(NamedTuple):
     warm_up: str = ""  # the algorithm that runs in rounds before round 0
     order: str = SIDE_BY_SIDE  # or IN_TURN, IN_STEP
     cost: RoundCost | None = None  # None: not known, so there is no simulated clock
-    schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → events; None: rounds are for all
+    schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → a round's events; None: none
     u_shaped: RoundCost | None = None  # the cost if labels stay at the clients (model.head_cut); None: not possible
     own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
     own_layers: bool = False  # its clients may keep layers for themselves (model.own_layers)
-    asked_once: bool = False  # a client needs no answer within a round, so it may be asked once a round
+    asked_once: bool = False  # a client needs no answer within a round, so it may be asked once per round
     alone: bool = False  # there is one client, with all data
     control: bool = False  # not a method, but a control for methods
     presets: Mapping[str, Mapping[str, Any]] = PRESETS  # preset → fields by dotted name

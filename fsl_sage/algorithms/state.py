@@ -127,7 +127,7 @@ class State:
     clients: Sequence[Part]  # one per client; a Fleet where only some are on the device
     servers: Sequence[Part]  # one for all, or one per client
     auxes: Sequence[Part] = field(default_factory=list)  # one per client, or none
-    drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # those of client, server, aux that draw
+    drawing: frozenset[str] = field(default=frozenset(), kw_only=True)  # kinds of parts that draw random numbers
     entries: list[nn.Module] = field(default_factory=list, kw_only=True)  # see `server_of`
     fast: bool = field(default=True, kw_only=True)  # whether the parts work in the fast memory layout
     draws: Draws = field(init=False)  # their random streams

@@ -267,7 +267,7 @@ class CodecConfig:
     correction: float = 0.0  # of product, for smashed data: weight of the error that is added to the gradient, ≥ 0
     together: int = 2  # of superpose: samples that are added into one, at least 2
 
-    called = "codec"  # in messages, by the name of its place
+    called = "codec"  # prefix in its messages, which `build` replaces by the full name, such as codec.smashed
 
     def __post_init__(self):
         check_types(self, "codec.")

@@ -59,7 +59,7 @@ class Settings:
     loss = "cross_entropy"  # of training, one of `networks.part.LOSSES`
     first_round = 0  # -1: one round of another kind before round 0
     variant = ""  # what a legend adds to the algorithm's name
-    held_halves = 0  # models of its half's size that a client keeps beside it
+    held_halves = 0  # copies of its half that a client keeps in memory besides the half that it trains
 
     if typing.TYPE_CHECKING:  # an algorithm reads its own fields from `Experiment.algorithm`
 
@@ -87,7 +87,7 @@ class Settings:
         return ""
 
     def in_turn(self, rnd: int) -> bool:
-        "Whether each client waits for the previous one in round `rnd`, if they otherwise do not wait."
+        "Whether each client waits for the previous one in round `rnd`; for algorithms where they usually do not."
         return False
 
     def needs_all(self) -> str:  # which setting says so; empty: clients may be absent
@@ -111,7 +111,7 @@ class Settings:
 # %% ../../nbs/23_config.settings.ipynb #8eb5a866
 def _number(kind: type, value: Any, path: str) -> Any:
     "`value` as an `int`, a `float` or a `bool`."
-    whole = isinstance(value, int) and not isinstance(value, bool)  # a bool is an int to Python, not to us
+    whole = isinstance(value, int) and not isinstance(value, bool)  # Python takes a bool for an int; settings do not
     require(not whole or abs(value) < 2**63, path, value, "at most 2**63 - 1")
     if kind is float and whole:
         return float(value)
