@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIJACKED_ROUNDS', 'ATTACKS', 'auc', 'gradient_norms', 'alike', 'known_samples', 'nearest_label', 'losses_of',
-           'member_auc', 'asked_labels', 'Found', 'Attack', 'attacked']
+           'member_auc', 'asked_labels', 'Found', 'Attack', 'attacked', 'release_epsilon']
 
 # %% ../../nbs/68d_papers.attacks.ipynb #b8d145de
 from collections.abc import Callable, Sequence
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..algorithms.sglr import epsilon
+from ..config.experiment import Experiment
 from ..core import arithmetic, generator, require
 from ..data.batches import eval_batches
 from ..data.images import Images
@@ -206,3 +208,12 @@ def attacked(
         if found.pictures is not None:
             pictures[attack.name] = found.pictures
     return pd.DataFrame(rows, columns=["attack", "source", "measure", "value", "chance"]), pictures
+
+# %% ../../nbs/68d_papers.attacks.ipynb #f04648f1
+def release_epsilon(
+    experiment: Experiment,
+    delta: float,  # δ in (0, 1)
+) -> float:  # ε; infinite without noise
+    "The ε of all releases of a sample's smashed data. `ImportError` without the extra `privacy`."
+    releases = experiment.rounds * experiment.model.client.epoch
+    return epsilon(experiment.defence.noise, releases, delta)
