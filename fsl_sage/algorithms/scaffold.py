@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Metrics, aggregate
+from .base import Metrics, aggregate, broadcast
 from .baselines import exchange_step
-from .record import EACH, IN_TURN, Algorithm, Amount, RoundCost, begin
-from .state import LocalData, State
+from .record import EACH, IN_TURN, Algorithm, Amount, RoundCost
+from .state import LocalData, State, init_parts
 from ..config.experiment import Experiment
 from ..config.presets import PRESETS
 from ..config.settings import Settings, setting
@@ -68,13 +68,14 @@ def init(
     ledger: Ledger,
 ) -> ScaffoldState:
     "SplitFed-SS with control variates of 0."
-    fresh = begin(experiment, data, ledger)
-    parts = {"clients": fresh.clients, "servers": fresh.servers, "drawing": fresh.drawing, "fast": fresh.fast}
+    state = ScaffoldState(**init_parts(experiment, data))
+    broadcast(state, -1, ledger, client_model=state.clients)
 
     def zeros() -> dict[str, Tensor]:
-        return {name: torch.zeros_like(value) for name, value in trained(fresh.clients[0]).items()}
+        return {name: torch.zeros_like(value) for name, value in trained(state.clients[0]).items()}
 
-    return ScaffoldState(experiment, data, **parts, control=zeros(), own_controls=[zeros() for _ in data])
+    state.control, state.own_controls = zeros(), [zeros() for _ in data]
+    return state
 
 # %% ../../nbs/36d_algorithms.scaffold.ipynb #bd6e19ab
 class Shift:

@@ -258,7 +258,7 @@ def work_of(
     sent = costs._replace(
         client_bytes=costs.client_bytes - costs.client_own, server_bytes=costs.server_bytes - costs.server_own
     )
-    models = sum(getattr(sent, name) for name in cost.averaged) if settings.averages(rnd) else 0
+    models: Any = sum(getattr(sent, name) for name in cost.averaged) if settings.averages(rnd) else 0
     cut_up, cut_down = cut_bytes(experiment, costs, batches)
     late = sum(getattr(sent, name) for name in (*cost.averaged, *cost.returning)) if returns else 0
     down = total(cost.down, cut_down) + models + late
