@@ -35,7 +35,7 @@ from ..networks.part import server_step
 # %% ../../nbs/36h_algorithms.asynchronous.ipynb #73701d58
 @dataclass(frozen=True)
 class AsynchronousSettings(Settings):
-    "Of algorithms whose server waits for no client."
+    "The settings of algorithms whose server waits for no client."
 
     buffer_size: int = setting(0, 0)  # K: uploads in a step of the server, models in an average; 0: all at work
     staleness_power: float = setting(0.0, 0)  # a: a model weighs (1 + averages since its start)^-a; 0: all alike
@@ -54,7 +54,7 @@ class AsynchronousSettings(Settings):
 
 @dataclass(frozen=True)
 class GasSettings(AsynchronousSettings):
-    "Of asynchronous rounds with generated activations."
+    "The settings of GAS."
 
     generate_every: int = setting(1, 0)  # F: every F-th step of the server has generated activations; 0: none
     shift_logits: bool = True  # answers are gradients of the loss with log(label shares) added to the logits

@@ -68,7 +68,7 @@ def frozen_client_round(
 def with_mean_statistics(
     state: State,
 ) -> list[nn.Module]:  # one
-    "The frozen client's model to evaluate: server ∘ a client with the present clients' mean statistics."
+    "The model to evaluate: the server after a client with the mean of the present clients' statistics."
     client = deepcopy(state.clients[state.present[0]].model)
     every = (dict(state.clients[i].model.named_buffers()) for i in state.present)
     client.load_state_dict(weighted_average(every, state.weights), strict=False)

@@ -150,7 +150,7 @@ class Bench:
         return torch.zeros(2, self.dataset.num_classes, dtype=torch.int64, device=self.dataset.test.y.device)
 
     def _perplexity(self, loss: float) -> dict[str, float]:
-        "Of texts: the exponential of the loss, the number of equally likely tokens with the same loss."
+        "For texts the exponential of the loss: the number of equally likely tokens that would have this loss."
         return {"test_perplexity": math.exp(min(loss, 700.0))} if self.dataset.train.is_text else {}
 
 # %% ../../nbs/44_experiments.loop.ipynb #8df7fde1

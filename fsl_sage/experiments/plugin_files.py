@@ -184,7 +184,7 @@ def _arrive(tree: dict[str, Any], sources: list[Source]) -> Experiment:
 
 
 def _travel(experiment: Experiment) -> tuple[Callable[..., Experiment], tuple[Any, ...], dict[str, Any]]:
-    from fsl_sage.experiments.plugin_files import _arrive  # the module's own; a notebook has another one
+    from fsl_sage.experiments.plugin_files import _arrive  # the exported function, not a notebook's copy of it
 
     sources = [FILES[tag] for tag in experiment.plugins if tag in FILES]
     return _arrive, (experiment.to_dict(), sources), {"_given": vars(experiment)["_given"]}
