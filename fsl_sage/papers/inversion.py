@@ -24,6 +24,7 @@ from ..data.images import Images
 from ..experiments.setup import client_data, prepare
 from ..config.settings import record_of
 from ..ledger import Ledger
+from ..networks.defences import shields
 from .leakage import decoder, ssim, train_decoder
 from .traffic import View
 
@@ -57,6 +58,8 @@ def decode(
     pixels = view.public.x[order[: n_train // size * size]] / 255
     with torch.no_grad():
         smashed = torch.cat([half(view.normalised(x)) for x in pixels.split(size)])
+    shield = shields(view.experiment.defence, {}, seed).get("smashed")
+    smashed = smashed if shield is None else shield.pack(smashed, 0, 0)[""]
     model = train_decoder(smashed, pixels, epochs, seed)
     with torch.no_grad():
         return torch.cat([model(z).sigmoid() for z in view.smashed.split(500)])
