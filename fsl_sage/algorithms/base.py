@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .averages import average_of, poison_updates
 from .fleet import Fleet
 from .state import State, _left_alone, server_of
 from ..config.experiment import PLUGGED, Experiment
-from ..core import weighted_average
 from ..ledger import Ledger
 from ..networks.cut import SplitModel
 from ..networks.part import Part, server_step
@@ -31,10 +31,10 @@ def _mean(
     among: Sequence[int],  # clients
     tensors_of: Callable[[int], dict[str, Tensor]],  # client → its tensors by name
     left_alone: Collection[str],  # names of entries that training does not change
+    parts: Sequence[Part] | None = None,  # whose tensors they are; None: of several parts
 ) -> dict[str, Tensor]:
-    "The average with weights n_i/n among clients; entries in `left_alone` that are equal everywhere stay bit-equal."
-    total = sum(len(state.data[i]) for i in among)
-    mean = weighted_average((tensors_of(i) for i in among), [len(state.data[i]) / total for i in among])
+    "The experiment's average among clients; entries in `left_alone` that are equal everywhere stay bit-equal."
+    mean = average_of(state, among, tensors_of, parts)
     if names := [n for n in left_alone if n in mean]:
         first, *others = ({n: tensors_of(i)[n].clone() for n in names} for i in among)
         mean |= {n: first[n] for n in names if all(torch.equal(first[n], other[n]) for other in others)}
@@ -45,12 +45,13 @@ def average(
     state: State,  # with the present clients and their samples
     parts: Sequence[Part],  # the same part of every client; overwritten by the average for its cut
 ) -> None:
-    "Replace each model and its buffers by the weighted average of the present clients (FedAvg, McMahan et al., 2017)."
+    "Replace each model and its buffers by the average of the present clients: n_i/n (FedAvg), or `average` says how."
     for clients in state.by_cut:
         among = [i for i in clients if i in state.present]
         if not among:
             continue
-        mean = _mean(state, among, lambda i: state.to_average(parts[i]), _left_alone(parts[among[0]].model))
+        own = _left_alone(parts[among[0]].model)
+        mean = _mean(state, among, lambda i: state.to_average(parts[i]), own, parts)
         if isinstance(parts, Fleet):
             parts.load_models(mean)
         else:
@@ -68,6 +69,7 @@ def aggregate(
     if not state.experiment.algorithm.averages(rnd):
         state.averaged = []
         return
+    poison_updates(state, groups)
     for i in state.present:
         ledger.link(rnd, i).up(**{kind: state.to_send(parts[i]) for kind, parts in groups.items()})
     own_cuts = bool(state.experiment.model.cuts)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .fleet import Fleet, one_part_each, require_no_fleet
 from .optimisers import make_part
+from .poison import poisoned_batches
 from ..config.experiment import PLUGGED, Experiment
 from ..config.parts import ModelConfig
 from ..config.settings import record_of
@@ -134,6 +135,7 @@ class State:
     present: list[int] = field(init=False)  # the clients of this round, in ascending order
     previous: list[int] = field(init=False)  # those of the round before
     averaged: list[str] = field(init=False, default_factory=list)  # kinds of models that the last round averaged
+    began: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)  # kind → model of the round's begin
     events: Sequence[Any] = field(init=False, default=())  # of this round, where the algorithm's record has a schedule
 
     def __post_init__(self):
@@ -195,7 +197,11 @@ class State:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:  # local step s, x, y
         "The batches of client `i` in round `rnd` with their steps, for all local epochs."
         epochs = range(self.experiment.model.client.epoch)
-        return ((s, x, y) for s, (x, y) in enumerate(b for epoch in epochs for b in self.data[i].batches(rnd, epoch)))
+        each = ((s, x, y) for s, (x, y) in enumerate(b for epoch in epochs for b in self.data[i].batches(rnd, epoch)))
+        hostile = self.experiment.hostile
+        if hostile is None or hostile.of_updates or i not in hostile.clients:
+            return each
+        return poisoned_batches(hostile, each, self.data[i].num_classes, (self.experiment.sampling_seed, i, rnd))
 
     def parallel_batches(
         self,

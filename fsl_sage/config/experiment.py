@@ -13,7 +13,8 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from .parts import ClockConfig, CodecsConfig, DatasetConfig, DefenceConfig, ModelConfig, cut_of_each
+from .parts import AverageConfig, ClockConfig, CodecsConfig, DatasetConfig, DefenceConfig, HostileConfig
+from .parts import ModelConfig, cut_of_each
 from .settings import Settings, algorithms, build, check_types, record_of, setting_fields, settings_of
 from ..core import one_of, require
 from ..data.text import LENGTH
@@ -32,6 +33,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 LATER_FIELDS = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "codec": asdict(CodecsConfig()),
     "defence": asdict(DefenceConfig()),
+    "average": asdict(AverageConfig()), "hostile": None,
     "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
@@ -103,6 +105,8 @@ class Experiment:
     codec: CodecsConfig = CodecsConfig()  # how smashed data and their gradients are compressed
     defence: DefenceConfig = DefenceConfig()  # what is done so that less is told there
     target_accuracy: float | None = None  # on the test set, in (0, 1]: the run ends once it is reached; None: none
+    average: AverageConfig = AverageConfig()  # how models of clients are averaged
+    hostile: HostileConfig | None = None  # clients that harm the others, if not None
 
     def __post_init__(self):
         _settle(self)
@@ -204,6 +208,7 @@ def _settle_parts(experiment: Experiment) -> None:
     experiment.algorithm.follow(experiment)
     _settle_codec(experiment)
     _settle_defence(experiment)
+    _settle_averages(experiment)
     parts = [("codec", codec.name) for codec in (experiment.codec.smashed, experiment.codec.cut_grad)]
     parts += [("dataset", experiment.dataset.name), ("model", model.name), ("algorithm", name)]
     parts.append(("vocabulary", experiment.dataset.vocabulary))
@@ -219,6 +224,23 @@ def _settle_codec(experiment: Experiment) -> None:
     sent = {"smashed": "smashed" in cost.up, "cut_grad": "smashed" in cost.down}
     own = {name: getattr(codec, name) if there else type(codec)().smashed for name, there in sent.items()}
     object.__setattr__(experiment, "codec", CodecsConfig(**own))
+
+# %% ../../nbs/25_config.experiment.ipynb #6202ed8e
+def _settle_averages(experiment: Experiment) -> None:
+    "Refuse averages and attacks where nothing is averaged, or not all models at once."
+    hostile, record, settings = experiment.hostile, record_of(experiment), experiment.algorithm
+    asked = {"average.name": experiment.average.name} if experiment.average.name != "mean" else {}
+    if hostile is not None:
+        asked |= {"hostile.attack": hostile.attack}
+        most = experiment.num_clients - 1
+        require(max(hostile.clients) <= most, "hostile.clients", list(hostile.clients), f"from 0 to {most}")
+        texts = MODELS[experiment.model.name].reads == "text" and not hostile.of_updates
+        require(not texts, "hostile.attack", hostile.attack, "scaled or sign_flip for a network that reads text")
+    averages = record.cost is not None and bool(record.cost.averaged) and record.schedule is None
+    for path, value in asked.items():
+        fine = f"left out for {record.name!r}, which has no average of all clients' models in each round"
+        require(averages and getattr(settings, "average_every", 1) == 1, path, value, fine)
+        require(not experiment.model.cuts, path, value, "left out with model.cuts: the clients' models differ in form")
 
 # %% ../../nbs/25_config.experiment.ipynb #1529277f
 def _settle_defence(experiment: Experiment) -> None:

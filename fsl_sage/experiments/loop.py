@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..algorithms.averages import begin_updates
 from ..algorithms.base import Metrics
 from ..algorithms.participation import require_only_present, round_stream, take_part
 from ..algorithms.record import Algorithm
@@ -103,6 +104,7 @@ def rounds(run: Run) -> Iterator[Round]:
     while not is_spent(state.experiment, ledger) and (attendance := next(attending, None)):
         rnd, sent, state.events = attendance.round, len(ledger.transfers), attendance.events
         take_part(state, attendance.clients, rnd, ledger)
+        begin_updates(state)
         with arithmetic(state.experiment.precision), round_stream(state) as moved:
             metrics = record.round_at(rnd)(state, rnd, ledger)
             drew = moved()

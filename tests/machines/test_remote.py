@@ -125,6 +125,13 @@ def test_defended_clients_end_with_the_history_of_the_simulation(algorithm, tmp_
     assert_same(train(experiment, "cpu", progress=False), history)
 
 
+@pytest.mark.parametrize("changes", [{"average.name": "median"}, {"average.name": "clip"}, {"average.name": "krum"}])
+def test_robust_averages_and_hostile_clients_are_those_of_the_simulation(changes, tmp_path):
+    experiment = small("fsl_sage", **changes, **{"hostile.clients": [1], "hostile.attack": "sign_flip"})
+    history = ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server")
+    assert_same(train(experiment, "cpu", progress=False), history)
+
+
 def spoilt(answer):
     """Masks of packed smashed data that name all places."""
     spoilt = []
