@@ -22,7 +22,7 @@ from ..ledger import Ledger
 
 # %% ../../nbs/32_algorithms.record.ipynb #ce4c9641
 class Amount(NamedTuple):
-    "How often something is computed or sent in one client's round."
+    "How often something is computed or sent for one client in a round."
 
     words: str  # the formula
     of: Callable[[Any, Sequence[int]], int]  # settings, samples of each local step → times

@@ -200,7 +200,7 @@ LENGTH = 512  # tokens of a sample, at most, as in FSL-SAGE's released code
 
 def masked(
     context: Sequence[int],  # tokens, with their end mark
-    completion: Sequence[int],  # likewise
+    completion: Sequence[int],  # tokens, with their end mark
     seq_len: int,  # L
     objective: str = "clm",  # one of OBJECTIVES
 ) -> np.ndarray:  # (3, min(L, n + m)), int32: input, target, mask

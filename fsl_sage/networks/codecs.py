@@ -124,8 +124,8 @@ def largest(
 def top_k(
     x: Tensor,  # (batch, …)
     rate: float,  # ρ
-    spread: float = 0.0,  # as for `largest`
-    stream: torch.Generator | None = None,  # likewise
+    spread: float = 0.0,  # r in [0, 1)
+    stream: torch.Generator | None = None,  # on the CPU; needed where r > 0
 ) -> Packed:  # numbers (batch, k), float32; places
     "The chosen numbers of each sample, and their places."
     flat = x.reshape(len(x), -1)
@@ -380,7 +380,7 @@ class Coder:
 def due_of(
     coder: Coder,
     shape: torch.Size,  # of the tensor
-    dtype: torch.dtype = torch.float32,  # likewise
+    dtype: torch.dtype = torch.float32,  # of the tensor
 ) -> Signature:
     "Names, types and shapes of the tensors that are sent instead of one."
     if coder.config.plain:
