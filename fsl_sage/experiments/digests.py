@@ -30,7 +30,7 @@ from ..data.text import text_files
 from ..networks.gpt2 import find_weights
 
 # %% ../../nbs/40_experiments.digests.ipynb #4ad0d7ec
-SETTLED = 2.0  # seconds; in a younger file a second write may leave the time as it is
+SETTLED = 2.0  # seconds; a younger file may change once more without a new time
 
 
 def _files(path: Path) -> list[Path]:
