@@ -8,7 +8,7 @@ SEEDS =
 LOCKED =
 BENCH =
 CHECK_TESTS = tests/core tests/config tests/data tests/house/test_packaging.py tests/house/test_layers.py tests/house/test_front_door.py \
-	tests/house/test_surface.py tests/house/test_prose.py tests/house/test_glossary.py tests/house/test_messages.py
+	tests/house/test_surface.py tests/house/test_prose.py tests/house/test_glossary.py tests/house/test_messages.py tests/house/test_notebooks.py
 FLOWER_TESTS = tests/machines/test_remote.py tests/machines/test_gate.py tests/commands/test_federate.py tests/machines/test_flower_faults.py
 PYTHON = python3
 

@@ -154,7 +154,7 @@ def init(
 
 
 def newest_model(
-    state: AsynchronousState,
+    state: Any,  # an `AsynchronousState`
 ) -> list[nn.Module]:  # one
     "The model to evaluate: server ∘ newest average."
     client = deepcopy(state.clients[0].model)
@@ -166,7 +166,7 @@ def own_shares(
     own: LocalData,  # of one client
 ) -> Tensor:  # (class,), adding up to 1
     "π_i: how often each label occurs in a client's data."
-    counts = sum(y.cpu().bincount(minlength=own.num_classes) for _, y in own.batches(0, 0))
+    counts = torch.stack([y.cpu().bincount(minlength=own.num_classes) for _, y in own.batches(0, 0)]).sum(0)
     return counts / counts.sum()
 
 # %% ../../nbs/36h_algorithms.asynchronous.ipynb #75b4ea6d
@@ -318,10 +318,10 @@ AS_THEY_COME = "as they come"  # order of work: the events determine how long a 
 COST = RoundCost({"client": EACH}, {"target": EACH, "server": EACH}, averaged=("client_bytes",), **EXCHANGE)
 ASYNC_SPLITFED = Algorithm(
     "async_splitfed", asynchronous_round, "Async SplitFed",
-    {"color": "#7f4f1f", "marker": "4", "linestyle": (0, (5, 2))},
+    {"color": "#c427b0", "marker": "4", "linestyle": (0, (5, 2))},
     AsynchronousSettings, init, newest_model, order=AS_THEY_COME, schedule=schedule, cost=COST,
 )  # fmt: skip
 GAS = Algorithm(
-    "gas", asynchronous_round, "GAS", {"color": "#1f7f6f", "marker": (5, 2, 0), "linestyle": (0, (5, 2, 1, 2))},
+    "gas", asynchronous_round, "GAS", {"color": "#273a27", "marker": (5, 2, 0), "linestyle": (0, (5, 2, 1, 2))},
     GasSettings, init, newest_model, order=AS_THEY_COME, schedule=schedule, cost=COST,
 )  # fmt: skip

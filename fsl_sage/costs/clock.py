@@ -156,7 +156,8 @@ def _scheduled(
         of = speeds(clock, n)
         paces = [pace_of(experiment, costs_for(costs, i), samples[i], of[i]) for i in range(n)]
     else:
-        paces = [Pace(*[[0.5] * len(batch_sizes(experiment, own))] * 2) for own in samples]
+        halves = [[0.5] * len(batch_sizes(experiment, own)) for own in samples]
+        paces = [Pace(half, half) for half in halves]
     for rnd, events in enumerate(record_of(experiment).schedule(experiment, paces)):
         own = {i: [event for event in events if event.client == i] for i in range(n)}
         clients = [i for i in range(n) if own[i]]

@@ -10,7 +10,7 @@ __all__ = ['ANSWERS', 'DEFENCES', 'distance_correlation_of', 'with_nopeek', 'max
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -168,19 +168,19 @@ def shields(
     return found
 
 # %% ../../nbs/15b_networks.defences.ipynb #88b0b515
-def _with_layer(half: nn.Module, name: str, layer: nn.Module, first: bool) -> None:
+def _with_layer(half: fx.GraphModule, name: str, layer: nn.Module, first: bool) -> None:
     "Put a layer before or after a traced half, in place."
     half.add_module(name, layer)
-    nodes = list(half.graph.nodes)  # type: ignore[union-attr]
+    nodes = list(half.graph.nodes)
     if first:
-        with half.graph.inserting_after(nodes[0]):  # type: ignore[union-attr]
-            call = half.graph.call_module(name, (nodes[0],))  # type: ignore[union-attr]
+        with half.graph.inserting_after(nodes[0]):
+            call = half.graph.call_module(name, (nodes[0],))
         nodes[0].replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
     else:
         (result,) = nodes[-1].args
-        with half.graph.inserting_before(nodes[-1]):  # type: ignore[union-attr]
-            nodes[-1].args = (half.graph.call_module(name, (result,)),)  # type: ignore[union-attr]
-    half.recompile()  # type: ignore[operator]
+        with half.graph.inserting_before(nodes[-1]):
+            nodes[-1].args = (half.graph.call_module(name, (result,)),)
+    half.recompile()
 
 
 def narrowed(
@@ -195,8 +195,9 @@ def narrowed(
     images = smashed.ndim == 4 and isinstance(split.client, fx.GraphModule)
     require(images, "defence.bottleneck", channels, "left out for this cut: no channels cross it")
     require(1 <= channels < wide, "defence.bottleneck", channels, fine)
-    _with_layer(split.client, "squeeze", nn.Conv2d(wide, channels, 1), first=False)
-    _with_layer(split.server, "expand", nn.Conv2d(channels, wide, 1), first=True)
+    client, server = cast(fx.GraphModule, split.client), cast(fx.GraphModule, split.server)
+    _with_layer(client, "squeeze", nn.Conv2d(wide, channels, 1), first=False)
+    _with_layer(server, "expand", nn.Conv2d(channels, wide, 1), first=True)
     if aux is None:
         return None
     return nn.Sequential(OrderedDict([("expand", nn.Conv2d(channels, wide, 1)), ("rest", aux)]))

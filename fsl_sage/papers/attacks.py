@@ -34,7 +34,8 @@ def auc(
     fine = "samples of both kinds"
     require(0 < int(positive.sum()) < len(positive), "positive", f"{int(positive.sum())} of {len(positive)}", fine)
     ours, (others, _) = scores[positive].double(), scores[~positive].double().sort()
-    below = sum(torch.searchsorted(others, ours, right=right).double() for right in (False, True)) / 2  # ties: half
+    least, most = (torch.searchsorted(others, ours, right=right).double() for right in (False, True))
+    below = (least + most) / 2  # ties: half
     return float(below.mean() / len(others))
 
 # %% ../../nbs/68d_papers.attacks.ipynb #83c338df

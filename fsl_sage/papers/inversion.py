@@ -115,7 +115,7 @@ def unsplit(
     with random_stream(generator(seed, "clone"), view.smashed.device):
         for layer in clone.modules():
             if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
+                layer.reset_parameters()  # type: ignore[operator]
     n, shape = view.batches[0], view.images.shape[1:]
     return search(clone, view.smashed[:n], shape, view.normalised, steps, model_steps=10)
 

@@ -6,10 +6,10 @@
 __all__ = ['Seen', 'TappedLink', 'Tap', 'View', 'observe']
 
 # %% ../../nbs/68b_papers.traffic.ipynb #f83b6db2
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..algorithms.state import State, server_of
 from ..config.experiment import Experiment
 from ..core import arithmetic, choose_device, require
 from ..costs.clock import Attendance
+from ..data.batches import ClientData
 from ..data.images import Images
 from ..experiments.history import History
 from ..experiments.loop import Run, rounds
@@ -146,7 +147,7 @@ def observe(
     next(rounds(Run(state, tap, [Attendance(rnd, range(len(state.data)), [])])))
     sent, batches = _uploads(tap, state, client, rnd)
     down = [s.value for s in tap.seen if s.client == client and s.kind in ("cut_grad", "mean_cut_grad")]
-    dataset, data = prepare(experiment, device, root)[0], state.data
+    dataset, data = prepare(experiment, device, root)[0], cast(Sequence[ClientData], state.data)
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1)
                  for v in (dataset.mean, dataset.std))  # fmt: skip
     require(len(data) > 1, "num_clients", len(data), "2 or more: the server's own pictures are other clients'")

@@ -654,6 +654,7 @@ CASES = {  # part of the text → how it is followed: here, by a test elsewhere,
     "see python -m fsl_sage.commands.ranks --help": "test_cli.py::test_each_command_is_a_module_that_runs",
 }
 NO_ADVICE = (
+    "cut gradients",  # what an attack looks at
     "run {}",
     "train/<class>/ or train/<client>/<class>/, and test/<class>/",
     "trained again to keep it",

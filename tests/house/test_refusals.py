@@ -43,8 +43,9 @@ from fsl_sage.networks import auxiliary, codecs, decoders, gpt2, recording, tria
 from fsl_sage.papers import standing
 from fsl_sage.papers.claims import published
 from fsl_sage.papers.comparison import as_fed_avg
-from fsl_sage.papers.leakage import decoder, measure_leakage
+from fsl_sage.papers.leakage import measure_leakage
 from fsl_sage.papers.plots import new_figure, plot_family
+from fsl_sage.papers.traffic import observe
 from fsl_sage.papers.verdicts import parse_order
 from fsl_sage.papers.watch import plot_look
 from fsl_sage.papers.widgets import Choice, with_sliders
@@ -159,7 +160,10 @@ REFUSED = {
         lambda: as_fed_avg(SimpleNamespace(experiment=preset("smoke", "sl_multi_server", comm_threshold_mb=1.0))),
         "comm_threshold_mb=1.0: must be None: FedAvg would reach the budget in another round",
     ),
-    "heights": (lambda: decoder((4, 8, 8), (3, 24, 24)), "image_shape=(3, 24, 24): must be 2^k times as high"),
+    "uploads": (
+        lambda: observe(preset("smoke", "hosl", rounds=1, **{"dataset.max_train": 60}), "cpu"),
+        "algorithm.name='hosl': must be one whose clients upload each batch, or each q-th, once",
+    ),
     "texts": (
         lambda: as_rgb32(SimpleNamespace(name="mine", train=SimpleNamespace(is_text=True))),
         "dataset.rgb32=True: must be False for 'mine', which holds texts",
