@@ -355,7 +355,6 @@ class ClockConfig:
 
 # %% ../../nbs/24_config.parts.ipynb #994147a4
 AVERAGE_FIELDS = {"mean": (), "median": (), "trimmed_mean": ("trim",), "clip": ("clip",), "krum": ("hostile",)}
-ATTACK_FIELDS = {"scaled": ("scale",), "sign_flip": ("scale",), "label_flip": (), "backdoor": ("target",)}
 
 
 @dataclass(frozen=True)
@@ -374,6 +373,9 @@ class AverageConfig:
         require(0 < self.clip < math.inf, "average.clip", self.clip, "greater than 0")
         require(self.hostile >= 0, "average.hostile", self.hostile, "a whole number, 0 or more")
         forget_unused(self, ("name", *AVERAGE_FIELDS[self.name]))
+
+# %% ../../nbs/24_config.parts.ipynb #d21c1cad
+ATTACK_FIELDS = {"scaled": ("scale",), "sign_flip": ("scale",), "label_flip": (), "backdoor": ("target",)}
 
 
 @dataclass(frozen=True)
