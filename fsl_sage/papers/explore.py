@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config.experiment import Experiment
 from ..core import held_memory, one_of, require, tensor_bytes
+from .comparison import METHODS
 from .plots import STYLES, TEXT, new_figure
 from ..algorithms.all import ALGORITHMS, LABELS
 from ..costs.table import Costs, CountFlops, work_of
@@ -60,7 +61,8 @@ def bytes_per_round(
 ) -> dict[str, float]:  # by algorithm, of all clients together, mean over the rounds
     "What a round of each algorithm sends (convention `paper`)."
     costs = Costs(smashed=smashed, client_bytes=client, server_bytes=server, aux_bytes=aux)
-    local, own, each = asdict(experiment.model.client), asdict(experiment.algorithm), {}
+    local = asdict(experiment.model.client) | {"optimizer": {"name": "sgd"}}  # some take no other; bytes are the same
+    own, each = asdict(experiment.algorithm), {}
     for name, record in ALGORITHMS.items():
         if record.cost is None or record.alone or record.control:
             continue
@@ -137,7 +139,7 @@ def plot_cuts(
         ax.barh(range(len(table)), values, color="tab:gray")
         ax.set(xlabel=name)
     for algorithm, label in LABELS.items():
-        if ALGORITHMS[algorithm].label and algorithm in table:
+        if algorithm in METHODS and algorithm in table:
             axes[-1].plot(table[algorithm] / 2**20, range(len(table)), label=label, **STYLES[label])
     axes[-1].set(xscale="log", xlabel="all clients\n[MiB/round]")
     for i, ax in enumerate(axes):
