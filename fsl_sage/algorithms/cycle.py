@@ -72,8 +72,8 @@ def cycle_psl_round(
         losses = []
         for positions in minibatches(state, rnd, s, len(labels)):
             chosen = positions.to(labels.device)
-            losses.append(server_step(server, smashed[chosen], labels[chosen], False, criterion)[0])
-        cut_grad = true_cut_grad(server, smashed, labels, criterion) if state.clients_learn else None
+            losses.append(server_step(server, smashed[chosen], labels[chosen], False, criterion)[0])  # (1)
+        cut_grad = true_cut_grad(server, smashed, labels, criterion) if state.clients_learn else None  # (2)
         return torch.stack(losses).mean(), cut_grad
 
     return joint_round(state, rnd, ledger, answer)

@@ -50,7 +50,7 @@ def ring_mixtures(
     mixed = []
     for i, j, share in zip(order, order[1:] + order[:1], shares, strict=True):
         n = min(len(smashed[i]), len(smashed[j]))
-        mixed.append([share * of[i][:n] + (1 - share) * of[j][:n] for of in (smashed, targets)])
+        mixed.append([share * of[i][:n] + (1 - share) * of[j][:n] for of in (smashed, targets)])  # (1)
     joint, labels = zip(*mixed, strict=True)
     return torch.cat(joint), torch.cat(labels)
 
@@ -72,7 +72,7 @@ def mix2sfl_round(
         parts, stream = smashed.detach().split(sizes), generator(seed, "mixup", rnd, s)
         mixed = ring_mixtures(parts, targets.split(sizes), config.mix_concentration, stream)
         loss = criterion(server(smashed), labels)
-        server.step(loss + config.mix_weight * criterion(server(mixed[0]), mixed[1]))
+        server.step(loss + config.mix_weight * criterion(server(mixed[0]), mixed[1]))  # (2)
         return loss.detach(), smashed.grad
 
     def send(cut_grads: dict[int, Tensor], s: int) -> dict[int, Tensor]:

@@ -104,7 +104,7 @@ def new_control(
     shift: dict[str, Tensor],  # κ (c - c_i), which was added to each gradient
 ) -> dict[str, Tensor]:  # c_i
     "The mean of a client's plain gradients in a round, from the way of its half (SCAFFOLD, Option II)."
-    return {name: (before[name] - after[name]) / (steps * rate) - shift[name] for name in before}
+    return {name: (before[name] - after[name]) / (steps * rate) - shift[name] for name in before}  # (2)
 
 # %% ../../nbs/36d_algorithms.scaffold.ipynb #58e87832
 def scaffold_round(
@@ -122,7 +122,7 @@ def scaffold_round(
         control = link.down(control=state.control) if corrected else state.control
         # 2. Each step is corrected by c - c_i.
         before, shift, s = trained(client), {name: part * (control[name] - own[name]) for name in own}, -1
-        client.correction = Shift(client, shift) if corrected else None
+        client.correction = Shift(client, shift) if corrected else None  # (1)
         for s, x, y in state.batches(i, rnd):
             metrics.loss(i, s, exchange_step(client, server, link, x, y, state.criterion))
         client.correction = None
@@ -133,7 +133,7 @@ def scaffold_round(
             state.own_controls[i] = new
     # 4. Halves are averaged, and so are the control variates.
     aggregate(state, rnd, ledger, client_model=state.clients)
-    for i, change in changes.items():
+    for i, change in changes.items():  # (3)
         state.control = {name: c + len(state.data[i]) / total * change[name] for name, c in state.control.items()}
     return metrics
 

@@ -116,9 +116,10 @@ def scala_round(
         if state.clients_learn:
             parts = labels.split(list(samples.values()))
             own = torch.cat([log_shares(part, classes).expand(len(part), -1) for part in parts])
-            (cut_grad,) = torch.autograd.grad(state.criterion(logits + own, labels), smashed, retain_graph=True)
+            shifted = state.criterion(logits + own, labels)
+            (cut_grad,) = torch.autograd.grad(shifted, smashed, retain_graph=True)  # (2)
         loss = state.criterion(logits + log_shares(labels, classes), labels)
-        server.step(loss)
+        server.step(loss)  # (1)
         return loss.detach(), cut_grad
 
     metrics = joint_round(state, rnd, ledger, answer)
