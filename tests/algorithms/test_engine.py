@@ -12,7 +12,7 @@ from fsl_sage.core import atomic_path
 from fsl_sage.experiments.train import train, train_state
 from tests.support.runs import assert_same, stopped_after, tiny
 
-TOGETHER = {name for name, record in ALGORITHMS.items() if record.order == IN_STEP}  # all clients at once
+TOGETHER = {name for name, record in ALGORITHMS.items() if record.order == IN_STEP} | {"scala"}  # all clients at once
 SIDE_BY_SIDE = ["fed_avg", "sl_multi_server"]
 
 
