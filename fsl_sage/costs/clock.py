@@ -180,6 +180,8 @@ def attendances(
     config, clock, n = experiment.algorithm, experiment.clock, experiment.num_clients
     of, buffered = speeds(clock, n) if clock else [], [0] * n
     present: Sequence[int] = range(n)
+    sizes_of = record_of(experiment).sizes
+    sizes = sizes_of(samples, experiment.model.client.batch_size) if sizes_of else [None] * n
     if clock and clock.deadline:
         _require_possible(experiment, samples, costs, of)
     for rnd in range(config.first_round, experiment.rounds):
@@ -191,7 +193,7 @@ def attendances(
                 first = buffered[i] + min(samples[i], experiment.model.client.batch_size)
                 aligned = min(first, config.max_dataset_size) if due else 0
                 own, returns = costs_for(costs, i), i not in present
-                works.append(work_of(experiment, own, i, samples[i], returns, aligned, rnd, longest))
+                works.append(work_of(experiment, own, i, samples[i], returns, aligned, rnd, longest, sizes[i]))
         if works and clock and rnd >= 0:
             works = in_time(works, clock, of)
         present = [work.client for work in works] or asked

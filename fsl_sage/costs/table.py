@@ -245,9 +245,11 @@ def work_of(
     aligned: int = 0,  # samples of its alignment; 0: none
     rnd: int = 0,  # round; below 0: before round 0
     longest: int = 0,  # samples of the round's largest client; 0: the client's own
+    sizes: Sequence[int] | None = None,  # of its batches in a pass over its data; None: the batch size decides
 ) -> Work:
     "The work of one client in a round, with all passes of its alignment."
-    settings, batches = experiment.algorithm, batch_sizes(experiment, samples)
+    settings, epochs = experiment.algorithm, experiment.model.client.epoch
+    batches = batch_sizes(experiment, samples) if sizes is None else [*sizes] * epochs
     cost = record_of(experiment).at(rnd).cost_of(experiment)
 
     def total(amounts: Mapping[str, Amount], cut: Sequence[Any] = ()) -> float:
