@@ -427,7 +427,7 @@ def test_a_number_that_changes_is_refused(nodes):
     grid.ask(-1)
     grid.there[11] = 0
     answers = grid.ask(0)
-    assert answers[0] == [b"node 10"] and "says that it is client 0; it is asked as client 1" in str(answers[1])
+    assert answers[0] == [b"node 10"] and "says that it is client 0, where the server asked client 1" in str(answers[1])
 
 
 @pytest.mark.attack("introductions")

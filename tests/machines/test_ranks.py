@@ -23,7 +23,17 @@ OWN = {
     "fsl_sage": {"algorithm.align_epochs": 2, "algorithm.align_interval": 2, "algorithm.server_update_interval": 2},
     "sglr": {"algorithm.lr_power": 1.0},
 }
-EXPERIMENTS = {name: preset("smoke", name, **SMALL | OWN.get(name, {})) for name in ALGORITHMS if name != "centralised"}
+ALONE = (
+    "centralised",
+    "async_splitfed",
+    "gas",
+    "scaffold",
+    "scala",
+    "cycle_psl",
+    "cycle_sfl",
+    "mix2sfl",
+)  # refused there
+EXPERIMENTS = {name: preset("smoke", name, **SMALL | OWN.get(name, {})) for name in ALGORITHMS if name not in ALONE}
 EXPERIMENTS["fsl_sage, jointly"] = EXPERIMENTS["fsl_sage"].replace(**{"algorithm.align_jointly": True})
 EQUAL = {"dataset.distribution": "balanced", "dataset.max_train": 200, "algorithm.active_fraction": 0.5}
 EXPERIMENTS["sglr, averaged"] = EXPERIMENTS["sglr"].replace(**EQUAL)
