@@ -280,7 +280,7 @@ def buffered_step(
     state.uploads.clear()
     return server_step(state.servers[0], smashed, labels, False, state.criterion)[0]  # (2)
 
-
+# %% ../../nbs/36h_algorithms.asynchronous.ipynb #3f036b3b
 def _average(state: AsynchronousState, models: Sequence[Event]) -> None:
     "The newest model is the average of those that have arrived (3)."
     weights = [(1 + event.staleness) ** -state.experiment.algorithm.staleness_power for event in models]
