@@ -103,7 +103,7 @@ class Experiment:
     participation_seed: int | None = None  # of that draw
     clock: ClockConfig | None = None  # a simulated clock, if not None
     codec: CodecsConfig = CodecsConfig()  # how smashed data and their gradients are compressed
-    defence: DefenceConfig = DefenceConfig()  # what is done so that less is told there
+    defence: DefenceConfig = DefenceConfig()  # what is done so that what crosses the cut reveals less
     target_accuracy: float | None = None  # on the test set, in (0, 1]: the run ends once it is reached; None: none
     average: AverageConfig = AverageConfig()  # how models of clients are averaged
     hostile: HostileConfig | None = None  # clients that harm the others, if not None
@@ -185,7 +185,7 @@ def _settle_cuts(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #11b19660
 def _settle_own_layers(experiment: Experiment) -> None:
-    "Refuse layers of clients' own where no average would leave them out, or an absent client would miss another."
+    "Refuse `model.own_layers` for an algorithm whose clients cannot keep layers for themselves."
     own, record = experiment.model.own_layers, record_of(experiment)
     able = ", ".join(name for name, other in algorithms().items() if other.own_layers)
     fine = f"left out for {record.name!r}; clients of {able} may have layers of their own"
@@ -227,7 +227,7 @@ def _settle_codec(experiment: Experiment) -> None:
 
 # %% ../../nbs/25_config.experiment.ipynb #6202ed8e
 def _settle_averages(experiment: Experiment) -> None:
-    "Refuse averages and attacks where nothing is averaged, or not all models at once."
+    "Refuse averages and attacks for an algorithm that does not average the models of all clients in each round."
     hostile, record, settings = experiment.hostile, record_of(experiment), experiment.algorithm
     asked = {"average.name": experiment.average.name} if experiment.average.name != "mean" else {}
     if hostile is not None:

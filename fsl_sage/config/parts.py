@@ -310,7 +310,7 @@ class CodecsConfig:
 # %% ../../nbs/24_config.parts.ipynb #df3c82a8
 @dataclass(frozen=True)
 class DefenceConfig:
-    "What client or server do so that less is told at the cut."
+    "What client or server do so that what crosses the cut reveals less about the images."
 
     nopeek: float = 0.0  # α: weight in the client's loss of the distance correlation of images and smashed data
     max_norm: bool = False  # the sender of gradients makes their lengths look alike

@@ -59,7 +59,7 @@ class Settings:
     loss = "cross_entropy"  # of training, one of `networks.part.LOSSES`
     first_round = 0  # -1: one round of another kind before round 0
     variant = ""  # what a legend adds to the algorithm's name
-    held_halves = 0  # copies of its half that a client keeps in memory besides the half that it trains
+    held_halves = 0  # copies of its half that a client keeps, such as the half at the start of the round
 
     if typing.TYPE_CHECKING:  # an algorithm reads its own fields from `Experiment.algorithm`
 
@@ -82,12 +82,12 @@ class Settings:
         "Whether round `rnd` ends with an average of models, where the algorithm has one."
         return True
 
-    def differ(self) -> str:  # as a phrase; empty: where clients are averaged, all have the same model after a round
-        "Why clients have models of their own after a round."
+    def differ(self) -> str:  # a phrase for messages; empty: these settings do not make them differ
+        "Why the clients' models differ after a round of an algorithm that averages them."
         return ""
 
     def in_turn(self, rnd: int) -> bool:
-        "Whether each client waits for the previous one in round `rnd`; for algorithms where they usually do not."
+        "Whether clients work one after another in round `rnd`; False: in the order of the algorithm's record."
         return False
 
     def needs_all(self) -> str:  # which setting says so; empty: clients may be absent
