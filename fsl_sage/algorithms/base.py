@@ -54,7 +54,7 @@ def average(
     state: State,  # with the present clients and their samples
     parts: Sequence[Part],  # the same part of every client; overwritten by the average for its cut
 ) -> None:
-    "Replace each model and its buffers by the average of the present clients: n_i/n (FedAvg), or `average` says how."
+    "Replace each model and its buffers by the present clients' average: n_i/n, or as the experiment's `average` says."
     for clients in state.by_cut:
         among = [i for i in clients if i in state.present]
         if not among:

@@ -23,7 +23,7 @@ from ..networks.part import Part
 def part_tensors(
     part: Part,  # not changed
 ) -> dict[str, Tensor]:  # `model.<entry>`, `optimizer.<parameter>.<entry>`, …; they share the part's memory
-    "All tensors of a part by name, except the fixed ones."
+    "All tensors of a part by name, except frozen weights that are sent only once (`fixed`)."
     parameters = [name for name, _ in part.model.named_parameters()]
     moments = {
         f"optimizer.{parameters[k]}.{entry}": value

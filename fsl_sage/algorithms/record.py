@@ -55,7 +55,7 @@ class RoundCost(NamedTuple):
     up: Mapping[str, Amount] = {}  # bytes to the server, besides the averaged models
     down: Mapping[str, Amount] = {}  # bytes to the client, besides the averaged models
     averaged: tuple[str, ...] = ()  # bytes of models: up, down, and down once more to a client that was absent
-    together: Mapping[str, Amount] = {}  # bytes down to every client in each step of the client with most samples
+    together: Mapping[str, Amount] = {}  # bytes down to each client in each step, also after its last batch
     returning: tuple[str, ...] = ()  # bytes of other models that the server sends to a client that was absent
     aligned: tuple[str, ...] = ()  # bytes of models that the server sends in a round that aligns
 
@@ -98,8 +98,8 @@ class Algorithm(NamedTuple):
     warm_up: str = ""  # the algorithm that runs in rounds before round 0
     order: str = SIDE_BY_SIDE  # or IN_TURN, IN_STEP
     cost: RoundCost | None = None  # None: not known, so there is no simulated clock
-    sizes: Callable[[Sequence[int], int], list[list[int]]] | None = None  # (samples, batch size) → of each batch
-    schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → a round's events; None: none
+    sizes: Callable[[Sequence[int], int], list[list[int]]] | None = None  # (samples, batch size) → batches of each
+    schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → events per round
     u_shaped: RoundCost | None = None  # the cost if labels stay at the clients (model.head_cut); None: not possible
     own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
     own_layers: bool = False  # its clients may keep layers for themselves (model.own_layers)

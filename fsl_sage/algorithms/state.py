@@ -135,7 +135,7 @@ class State:
     present: list[int] = field(init=False)  # the clients of this round, in ascending order
     previous: list[int] = field(init=False)  # those of the round before
     averaged: list[str] = field(init=False, default_factory=list)  # kinds of models that the last round averaged
-    began: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)  # kind → model of the round's begin
+    began: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)  # kind → model at the round's start
     events: Sequence[Any] = field(init=False, default=())  # of this round, where the algorithm's record has a schedule
 
     def __post_init__(self):
@@ -187,7 +187,7 @@ class State:
         self,
         part: Part,
     ) -> Part | dict[str, Tensor]:
-        "What a message holds of a part: the same."
+        "What is sent of a part: all that is exchanged but clients' own layers."
         return self.to_average(part) if self.experiment.model.own_layers else part
 
     def batches(
