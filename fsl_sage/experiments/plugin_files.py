@@ -56,8 +56,8 @@ def _loading(source: Source, finder: Carried) -> Iterator[None]:
 def _check_parts(source: Source) -> None:
     "`ValueError` if a plug-in has no parts."
     parts = [tag for tag in PLUGGED.values() if tag == source.tag or home_of(tag) in source.files]
-    fine = "one with a part: @dataset, @network, @auxiliary or @algorithm. What a file without parts changes in " \
-           "the package would be in no run's address"  # fmt: skip
+    fine = "one with a part: @dataset, @network, @auxiliary or @algorithm. A file without parts could change the " \
+           "package, and the change would be in no run's address"  # fmt: skip
     require(bool(parts), "plug-in", source.home, fine)
 
 # %% ../../nbs/55_experiments.plugin_files.ipynb #d4bf84f4
