@@ -215,7 +215,7 @@ def tokens_of(
     pair: Pair,
     vocabulary: Vocabulary,
 ) -> tuple[list[int], list[int]]:  # context and completion, each with its end mark; the context may be empty
-    "A pair as tokens. A blank before the completion makes its first word one of GPT-2's usual ones."
+    "A pair as tokens. A blank precedes the completion, as most words of GPT-2's vocabulary begin with one."
     context = [*vocabulary.encode(pair.context), vocabulary.end] if pair.context else []
     return context, [*vocabulary.encode(f" {pair.completion}" if context else pair.completion), vocabulary.end]
 
