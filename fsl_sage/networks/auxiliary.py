@@ -30,7 +30,7 @@ from .part import Part
 from .cut import SplitModel, cut_layers, evaluated
 
 # %% ../../nbs/21_networks.auxiliary.ipynb #a34af8db
-FIRST_LAYERS = "first_layers"  # an auxiliary model for any cut as a size in the configuration, with a `budget_mb`
+FIRST_LAYERS = "first_layers"  # a size in the configuration: `auxiliary_for` builds it for any cut, within `budget_mb`
 
 
 def _require_fits(fits: bool, size: str, cut: str) -> None:

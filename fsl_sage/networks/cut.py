@@ -244,7 +244,7 @@ def _require_weights(module: nn.Module, at: str) -> None:
 
 # %% ../../nbs/14_networks.cut.ipynb #b5d35fa9
 class Ends(nn.Module):
-    "A client's two parts of a network of which the server has the middle; calling it is its lower part."
+    "A client's bottom and head of a network of which the server has the middle; a call runs the bottom."
 
     def __init__(
         self,

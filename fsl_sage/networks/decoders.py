@@ -270,7 +270,7 @@ def decoder_auxiliary(
     if is_hugging_face(server):
         return _first_blocks(server, blocks, start)
     ours = hasattr(server, "ln_f") and hasattr(server, "head")
-    fine = "the word of an auxiliary model of your own (@auxiliary): the server's half has no ln_f and head to copy"
+    fine = "the name of an auxiliary model of your own (@auxiliary): the server's half has no ln_f and head to copy"
     require(ours, "model.auxiliary.size", "default", fine)
     return gpt2_auxiliary(server, blocks, start)
 

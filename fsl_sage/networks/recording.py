@@ -45,8 +45,8 @@ def _copies(part: Trained) -> list[Tensor]:
 
 @torch.no_grad()
 def _restore(part: Trained, before: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors_of(part), before, strict=True):  # data: an open backward pass stays valid
-        tensor.data.copy_(value)
+    for tensor, value in zip(tensors_of(part), before, strict=True):
+        tensor.data.copy_(value)  # `.data`, so that a backward pass that is still to come stays valid
 
 
 def _alike(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-3) -> bool:
