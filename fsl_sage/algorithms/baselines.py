@@ -53,7 +53,7 @@ CENTRALISED = Algorithm(
 # %% ../../nbs/33_algorithms.baselines.ipynb #3d860d44
 @dataclass(frozen=True)
 class FedAvgSettings(Settings):
-    "FedAvg's own."
+    "FedAvg's settings."
 
     share_server: bool = False  # as the released code has it: the upper half is shared, not averaged
 
@@ -204,14 +204,14 @@ SPLITFED_MS = Algorithm(
 # %% ../../nbs/33_algorithms.baselines.ipynb #653ce196
 @dataclass(frozen=True)
 class UploadSettings(Settings):
-    "Of algorithms that upload some of the smashed data."
+    "Settings of algorithms that upload some of the smashed data."
 
     server_update_interval: int = setting(5, 1)  # q: local steps between uploads of smashed data
 
 
 @dataclass(frozen=True)
 class AveragedUploadSettings(DriftSettings, UploadSettings):
-    "Of those among them that average client halves."
+    "Settings of algorithms that upload some of the smashed data and average client halves."
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #0908d494
 def cse_fsl_round(
@@ -252,14 +252,14 @@ CSE_FSL = Algorithm(
 # %% ../../nbs/33_algorithms.baselines.ipynb #e0d038e9
 @dataclass(frozen=True)
 class SplitSettings(Settings):
-    "Of sequential split learning, and of the algorithms below."
+    "Settings of sequential split learning, and of the algorithms below."
 
     loss: str = setting("cross_entropy", among=LOSSES)  # or binary_cross_entropy, as in SGLR's released code
 
 
 @dataclass(frozen=True)
 class JointSettings(SplitSettings):
-    "Of algorithms with one loss over all clients' samples."
+    "Settings of algorithms with one loss over all clients' samples."
 
     per_client_loss: bool = False  # a client gets its own mean loss's gradient, not its part of the joint mean's
 
@@ -269,7 +269,7 @@ class JointSettings(SplitSettings):
 
 @dataclass(frozen=True)
 class SflSettings(DriftSettings, JointSettings):
-    "PSL's, of an algorithm that averages client halves."
+    "PSL's settings, for an algorithm that averages client halves."
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #2445c47b
 def ssl_round(
@@ -283,7 +283,7 @@ def ssl_round(
     for i in state.present:
         link = ledger.link(rnd, i)
         arrived, last = link.down(client_model=state.clients[last]), i
-        model = {name: tensor.clone() for name, tensor in arrived.items()}  # both clients may share their memory
+        model = {name: tensor.clone() for name, tensor in arrived.items()}  # since the two clients may share memory
         client = state.clients[i]
         client.load(model)  # (12)
         for s, x, y in state.batches(i, rnd):
@@ -319,8 +319,8 @@ def joint_round(
     state: State,
     rnd: int,  # round
     ledger: Ledger,
-    answer: Answer,  # smashed data, labels, client: its samples among them, local step → loss, gradient at the cut
-    send: Callable[[dict[int, Tensor], int], dict[int, Tensor]] | None = None,  # client: gradient, step → what arrives
+    answer: Answer,  # (smashed data, labels, samples per client, local step) → (loss, gradient at the cut)
+    send: Callable[[dict[int, Tensor], int], dict[int, Tensor]] | None = None,  # (gradients, step) → what arrives
 ) -> Metrics:
     "Every step: all clients' smashed data in one server batch, each one's slice of the gradient back (SGLR, Sec. 2)."
     metrics, config = Metrics(), state.experiment.algorithm

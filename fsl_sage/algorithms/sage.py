@@ -36,7 +36,7 @@ from ..networks.part import NextToken, server_step
 # %% ../../nbs/34_algorithms.sage.ipynb #02a0c02d
 @dataclass(frozen=True)
 class SageSettings(AveragedUploadSettings):
-    "FSL-SAGE's own."
+    "FSL-SAGE's settings."
 
     align_interval: int = setting(10, 1)  # l: rounds between alignments
     align_epochs: int = setting(100, 1)  # passes over the buffer in an alignment
@@ -75,7 +75,7 @@ class SageState(State):
     told: Callable[[int, AlignmentBuffer, Tensor], None] | None = None  # at each alignment: (client, buffer, target)
 
 # %% ../../nbs/34_algorithms.sage.ipynb #ce21b4af
-SMALL = 2**19  # pixels of a buffer's images up to which no alignment is large
+SMALL = 2**19  # pixels of all images in a buffer; below that its memory is not computed
 
 
 def _held(model: nn.Module, smashed: Tensor, labels: Tensor, criterion: Any, second: bool = False) -> float:
@@ -120,7 +120,7 @@ def aligned_sizes(
     experiment: Experiment,
     samples: int,  # of the client
     i: int,  # client
-) -> Iterator[tuple[int, int]]:  # round, samples in the buffer at each alignment, until that stays
+) -> Iterator[tuple[int, int]]:  # (round, samples in the buffer) of each alignment, until the buffer is full
     "How large a client's buffer is at each of its alignments, if the client misses no deadline."
     config, client, size = experiment.algorithm, experiment.model.client, 0
     batches = [min(client.batch_size, samples - k) for k in range(0, samples, client.batch_size)] * client.epoch
@@ -136,7 +136,7 @@ def aligned_sizes(
         size = min(size + sum(uploads), config.max_dataset_size)
 
 # %% ../../nbs/34_algorithms.sage.ipynb #6339399d
-def _require_alignable(state: SageState, clients: Sequence[int]) -> None:  # whose parts have one form
+def _require_alignable(state: SageState, clients: Sequence[int]) -> None:  # which all have the same cut
     "`ValueError` if an alignment cannot be made: for want of memory, or for a batch of one sample at a BatchNorm."
     experiment, n = state.experiment, state.experiment.algorithm.align_batch_size
     buffers = [
@@ -226,7 +226,7 @@ def align_client(
 ) -> dict[str, Any]:  # passes made; how good the estimate is, before and after
     "Align client `i`'s auxiliary model with the server (FSL-SAGE, step 3)."
     aux, buffer, config = state.auxes[i], state.buffers[i], state.experiment.algorithm
-    # the server's passes have random streams of their own
+    # the passes of an alignment draw from other random streams than the client's steps
     aux = replace(aux, owner=(*aux.owner, "align"), schedule=None if config.language_branch else aux.schedule)
     how: Any = {"criterion": align_criterion(state), "batches": align_batches(state, i, rnd)}
     if state.told is not None:
@@ -249,7 +249,7 @@ def client_steps(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:  # local step, smashed data, labels of every upload
     "Client `i`'s round (FSL-SAGE, steps 1, 2 and 4)."
     client, aux, config = state.clients[i], state.auxes[i], state.experiment.algorithm
-    q, late = config.server_update_interval, getattr(config, "language_branch", False)  # a control has no such field
+    q, late = config.server_update_interval, getattr(config, "language_branch", False)  # some settings lack it
     for s, x, y in state.batches(i, rnd):
         smashed = client.forward(x)  # (1)
         if s % q == 0 and not late:  # step 2: upload

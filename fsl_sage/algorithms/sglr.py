@@ -74,7 +74,7 @@ class SplitAvgSettings(JointSettings):
 
 @dataclass(frozen=True)
 class SglrSettings(SplitLrSettings, SplitAvgSettings):
-    "SGLR's own."
+    "SGLR's settings."
 
     mixing_mode: str = setting("concat_batch", among=MIXING_MODES)  # how the server joins the clients' smashed data
 
@@ -120,7 +120,7 @@ def fraction_now(
     rounds: int,  # of the whole training
 ) -> float:  # φ in this round, in [0, 1]
     "φ while its phase lasts, else 0 (phased SplitAvg; SGLR, Table 3)."
-    length = math.ceil(round(config.average_fraction * rounds, 9))  # 0.55 · 100 is 55, whatever floats say
+    length = math.ceil(round(config.average_fraction * rounds, 9))  # 0.55 · 100 is 55, also in floating point
     on = {"full": True, "initial": rnd < length, "final": rnd >= rounds - length}
     return config.active_fraction if on[config.average_phase] else 0.0
 
