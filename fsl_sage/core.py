@@ -175,7 +175,7 @@ def _leave_autocast(undo: ExitStack) -> None:
     _change(undo, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, True)
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    for _ in range(depth - 1):  # an inner autocast clears the copies only where it is the outermost one
+    for _ in range(depth - 1):  # only an outermost autocast clears its copies: make a run's own the outermost
         torch.clear_autocast_cache()
         torch.autocast_decrement_nesting()
         undo.callback(torch.autocast_increment_nesting)
