@@ -170,6 +170,7 @@ def _streaming(state: State, work: Callable[[int], T]) -> Callable[[int], T]:
 def _in_threads(state: State, work: Callable[[int], T], own: bool, workers: int) -> Iterator[T]:
     "`each_client` in threads; `own`: the algorithm is the user's and may draw."
     threads, draws = torch.get_num_threads(), state.draws
+    torch.set_num_threads(1)  # of this thread, too: what it does with each result runs beside the next clients
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             left = list(state.present)
@@ -187,7 +188,7 @@ def _in_threads(state: State, work: Callable[[int], T], own: bool, workers: int)
                              "client's: draw them from core.generator(seed, client, round)")  # fmt: skip
         yield from results
     finally:
-        torch.set_num_threads(threads)  # the workers may have set it to 1 for the whole process
+        torch.set_num_threads(threads)
 
 # %% ../../nbs/31_algorithms.base.ipynb #1a9577bf
 def each_client(

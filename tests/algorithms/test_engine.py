@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fsl_sage.algorithms.all import ALGORITHMS
+from fsl_sage.algorithms.base import each_client
 from fsl_sage.algorithms.record import IN_STEP
 from fsl_sage.core import atomic_path
 from fsl_sage.experiments.train import train, train_state
 from tests.support.runs import assert_same, stopped_after, tiny
 
 TOGETHER = {name for name, record in ALGORITHMS.items() if record.order == IN_STEP} | {"scala"}  # all clients at once
-SIDE_BY_SIDE = ["fed_avg", "sl_multi_server"]
+SIDE_BY_SIDE = ["fed_avg", "sl_multi_server", "cse_fsl"]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -59,6 +60,17 @@ def test_clients_side_by_side_change_nothing(algorithm, in_flight):
     for one, two in zip(*(state.parts for state in states), strict=True):
         for name, tensor in one.model.state_dict().items():
             assert torch.equal(tensor, two.model.state_dict()[name]), name
+
+
+def test_what_takes_the_clients_results_has_one_thread_until_all_have_worked():
+    before, threads = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        state = train_state(tiny("cse_fsl", rounds=1), "cpu", progress=False)[1]
+        threads = [torch.get_num_threads() for _ in each_client(state, lambda i: i)]
+        assert threads == [1] * len(state.present) and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_in_bfloat16_parameters_and_uploads_stay_float32():
