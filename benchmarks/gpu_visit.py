@@ -229,19 +229,31 @@ def kinds_of_work(state: Any, x: Any, y: Any, smashed: Any, target: Any) -> dict
 
 
 def step_engine(args: argparse.Namespace) -> None:
-    """Host and device milliseconds and kernels of each kind of work, by precision, as it stands and recorded."""
+    """Host and device milliseconds and kernels of each kind of work: as it stands, recorded, other layout."""
+    import torch
+
     from fsl_sage.core import arithmetic
     from fsl_sage.networks.recording import OnGpu, Pretended, recording
 
     found: dict[str, Any] = {}
+
+    def time_all(precision: str, how: str) -> None:
+        parts = parts_of(precision, args.device, args.tiny)
+        if how == "contiguous":
+            for part in (*parts[0].clients, *parts[0].servers, *parts[0].auxes):
+                part.model.to(memory_format=torch.contiguous_format)
+        for name, work in kinds_of_work(*parts).items():
+            found[f"{precision} {name}, {how}"] = row = measured(work, args)
+            note("engine", found)
+            print(precision, name, how, {k: v for k, v in row.items() if k != "longest"}, flush=True)
+
     makers = {"eager": None, "recorded": Pretended if args.device == "cpu" else OnGpu}
     for precision in ("fp32",) if args.tiny else ("fp32", "tf32", "bf16"):
         for how, maker in makers.items():
             with arithmetic(precision), recording(maker):
-                for name, work in kinds_of_work(*parts_of(precision, args.device, args.tiny)).items():
-                    found[f"{precision} {name}, {how}"] = row = measured(work, args)
-                    note("engine", found)
-                    print(precision, name, how, {k: v for k, v in row.items() if k != "longest"}, flush=True)
+                time_all(precision, how)
+    with arithmetic("fp32"):  # channels last may be the slower layout there
+        time_all("fp32", "contiguous")
 
 
 def measured(work: Callable[[], Any], args: argparse.Namespace) -> dict[str, Any]:
