@@ -27,7 +27,7 @@ from ..networks.part import server_step
 # %% ../../nbs/36f_algorithms.cycle.ipynb #05ba3fa2
 @dataclass(frozen=True)
 class CyclePslSettings(JointSettings):
-    "CyclePSL's: PSL's, and the server's passes."
+    "The settings of CyclePSL: those of PSL, and the server's passes."
 
     server_epochs: int = setting(1, 1)  # E_s: passes of the server over the pool in each step
     server_batch_size: int = setting(0, 0)  # samples of its minibatches; 0: as a client's batch
@@ -39,7 +39,7 @@ class CyclePslSettings(JointSettings):
 
 @dataclass(frozen=True)
 class CycleSflSettings(SflSettings, CyclePslSettings):
-    "CycleSFL's: the same, and what SFL's clients have."
+    "The settings of CycleSFL: those of CyclePSL and of SFL."
 
     def between_machines(self) -> None:
         CyclePslSettings.between_machines(self)

@@ -30,7 +30,7 @@ class Mix2SflSettings(SflSettings, SplitAvgSettings):
     "Mix2SFL's own."
 
     mix_weight: float = setting(1.0, 0, 1e6)  # of the server's loss at mixtures of two clients' smashed data; 0: none
-    mix_concentration: float = setting(1.0, 0.05, 1e3)  # a of Beta(a, a), of which the mixtures' shares are drawn
+    mix_concentration: float = setting(1.0, 0.05, 1e3)  # a of Beta(a, a), from which shares are drawn
 
     def between_machines(self) -> None:
         fine = "another one between machines: mixtures are made of smashed data that only the server has"

@@ -103,7 +103,7 @@ def new_control(
     rate: float,  # η
     shift: dict[str, Tensor],  # κ (c - c_i), which was added to each gradient
 ) -> dict[str, Tensor]:  # c_i
-    "The mean of a client's plain gradients in a round, from the way of its half (SCAFFOLD, Option II)."
+    "The mean of a client's plain gradients in a round, from how far its half has moved (SCAFFOLD, Option II)."
     return {name: (before[name] - after[name]) / (steps * rate) - shift[name] for name in before}  # (2)
 
 # %% ../../nbs/36d_algorithms.scaffold.ipynb #58e87832

@@ -219,7 +219,7 @@ def share_step(
     addresses: Sequence[Address],  # one a direction
     ledger: Ledger,
 ) -> None:
-    "The mean of the slopes comes down, and every client makes the same step; the server's copies do, too (HO-SFL)."
+    "The mean slopes come down, and every client makes the same step; so do the copies of absent clients (HO-SFL)."
     total = sum(len(state.data[i]) for i in slopes)
     mean: Any = sum(slopes[i] * (len(state.data[i]) / total) for i in slopes)  # (5)
     arrived = {i: ledger.link(rnd, i).down(scalars=mean) for i in state.present}
