@@ -98,7 +98,7 @@ class Algorithm(NamedTuple):
     warm_up: str = ""  # the algorithm that runs in rounds before round 0
     order: str = SIDE_BY_SIDE  # or IN_TURN, IN_STEP
     cost: RoundCost | None = None  # None: not known, so there is no simulated clock
-    sizes: Callable[[Sequence[int], int], list[list[int]]] | None = None  # (samples, batch size) → batches of each
+    sizes: Callable[[Sequence[int], int], list[list[int]]] | None = None  # (samples, batch size) → sizes per client
     schedule: Callable[..., Iterator[list[Any]]] | None = None  # (experiment, paces) → events per round
     u_shaped: RoundCost | None = None  # the cost if labels stay at the clients (model.head_cut); None: not possible
     own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
