@@ -364,7 +364,7 @@ def reproduce(
     notebooks: Sequence[Path],  # in one folder
     parameters: Mapping[str, Any],  # passed to each: preset, device, gallery and what they have besides
     seeds: Sequence[int] = (),  # passed to those that have the parameter; empty: those of the preset
-    jobs: int | None = None,  # runs, then notebooks, at a time; None: `runs.default_jobs`
+    jobs: int | None = None,  # runs, then notebooks, at a time; None: `pool.default_jobs`
     force: bool = False,  # train again what is stored
     backend: str = "local",  # one of BACKENDS: where the runs are trained
     train: bool = True,  # False: draw what is stored, and say what is missing

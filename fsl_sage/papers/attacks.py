@@ -116,7 +116,7 @@ class Found(NamedTuple):
     "What an attack has got."
 
     value: float
-    chance: float  # the same number for a guess that ignores the traffic
+    chance: float  # the value that a guess without the traffic reaches
     pictures: Tensor | None = None  # (n, channel, height, width), of the first upload
 
 

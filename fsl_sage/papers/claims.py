@@ -30,7 +30,7 @@ def parse_setting(
 
 
 def _ranges(
-    claims: pd.DataFrame,  # the ledger, all columns as text
+    claims: pd.DataFrame,  # the table of claims, all columns as text
 ) -> pd.DataFrame:  # columns least, most
     "The range that each published number stands for, in its own unit."
     value, decimals = claims.value.astype(float), claims.value.str.extract(r"\.(\d+)")[0].str.len().fillna(0)
@@ -60,7 +60,7 @@ def published(
     paper: str,  # sage, sglr; or lora, splitlora, which print language models' numbers
     artefact: str | None = None,  # the paper's table or figure, as the column `artefact` has it; None: all
     metric: str | None = None,  # None: all
-) -> pd.DataFrame:  # the ledger's columns and a column for each name in the settings
+) -> pd.DataFrame:  # the table's columns, and a column for each name in the settings
     "The published numbers of a paper. For an unknown name, `ValueError` lists the known ones."
     claims = all_published()
     for column, wanted in {"paper": paper, "artefact": artefact, "metric": metric}.items():
@@ -97,7 +97,7 @@ def best_at(
     rounds: pd.DataFrame,  # of one run
     budget: float,  # bytes, in the paper's counting
 ) -> float:  # accuracy, 0..1; NaN: the run ended before
-    "The best test accuracy within the budget, for a run that spent it. If it is below a target, the run missed it."
+    "The best test accuracy within the budget, for a run that spent all of it: below a target means missed."
     return best_up_to(rounds, budget) if rounds.paper_bytes.max() >= budget else math.nan
 
 

@@ -53,11 +53,11 @@ def client_costs(
 # %% ../../nbs/69_papers.explore.ipynb #38afbfe3
 def bytes_per_round(
     experiment: Experiment,  # clients, rounds, batch size, epochs; settings of its algorithm
-    samples: int,  # m, of each client
-    smashed: float,  # z, bytes of one sample's smashed data
-    client: float,  # C, bytes of the client's model
-    server: float,  # S, bytes of the server's model
-    aux: float,  # A, bytes of the auxiliary model
+    samples: int,  # of each client
+    smashed: float,  # bytes of one sample's smashed data
+    client: float,  # bytes of the client's model
+    server: float,  # bytes of the server's model
+    aux: float,  # bytes of the auxiliary model
 ) -> dict[str, float]:  # by algorithm, of all clients together, mean over the rounds
     "What a round of each algorithm sends (convention `paper`)."
     costs = Costs(smashed=smashed, client_bytes=client, server_bytes=server, aux_bytes=aux)

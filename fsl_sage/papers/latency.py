@@ -36,7 +36,7 @@ def latency(
 
 # %% ../../nbs/66_papers.latency.ipynb #8b33ca91
 def to_target(
-    runs: pd.DataFrame,  # a row per run × round, from `runs.tidy`, and the column tau: seconds computed per round
+    runs: pd.DataFrame,  # a row per run × round, from `tidy`, and the column tau: seconds computed per round
     target: float,  # accuracy in [0, 1]
 ) -> pd.DataFrame:  # a row per method and seed; seconds, those of sending at the paper's rate
     "What each run takes until its accuracy is first at least `target`."

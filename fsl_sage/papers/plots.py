@@ -245,7 +245,7 @@ def style_of(
 
 # %% ../../nbs/59_papers.plots.ipynb #95fff492
 def plot_curves(
-    frame: pd.DataFrame,  # a row per run × round: label, seed, and the columns of the axes, as from `runs.tidy`
+    frame: pd.DataFrame,  # a row per run × round: label, seed, and the columns of the axes, as from `tidy`
     x: str,  # one of AXES
     y: str,  # one of AXES
     ax: Axes,

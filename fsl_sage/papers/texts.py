@@ -179,7 +179,7 @@ def cost_table(
 
 # %% ../../nbs/74_papers.texts.ipynb #423aae24
 def statements(
-    ledger: pd.DataFrame,  # from `claims.gather`
+    ledger: pd.DataFrame,  # from `standing.gather`
     artefact: str,  # of a paper; several begin alike ("Table")
 ) -> list[str]:  # Markdown, a line each
     "The verdicts on an artefact's orders and ratios, as far as there are runs for them."
@@ -190,7 +190,7 @@ def statements(
 
 
 def tested(
-    ledger: pd.DataFrame,  # from `claims.gather`
+    ledger: pd.DataFrame,  # from `standing.gather`
 ) -> dict[str, int]:  # total, tested, holds, differs, undecided
     "How many published numbers have been tested at the published setting, each setting once."
     verdicts = settings_tested(ledger)
@@ -199,7 +199,7 @@ def tested(
 
 
 def counted(
-    ledger: pd.DataFrame,  # from `claims.gather`
+    ledger: pd.DataFrame,  # from `standing.gather`
 ) -> dict[str, int]:  # total, equal
     "How many published numbers follow by counting, and how many of these we count as the paper does."
     rows = ledger[(ledger.figure == "counted") & (ledger.kind == "number")]
@@ -239,7 +239,7 @@ def headline(
 def on_gpu(
     gallery: Gallery,
 ) -> dict[str, Any]:  # the file's fields; `work`: a row per kind and precision; `methods`: a row per method
-    "What a GPU took: milliseconds of each kind of work and seconds of three rounds, eager and recorded."
+    "What a GPU took for each kind of work and three rounds, in plain PyTorch (eager) and from CUDA graphs (recorded)."
     visit = json.loads((gallery.folder.parents[1] / "benchmarks" / "gpu_h200.json").read_text("utf-8"))
     kinds = dict.fromkeys(name.split(" ", 1)[1].rsplit(", ", 1)[0] for name in visit["engine"])
     work = []
