@@ -291,7 +291,7 @@ def modules() -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     "Add what is not in docs/."
-    about = "The front door, then all modules by area."
+    about = "The names to import from `fsl_sage`, then all modules by area."
     made = {"api/index.md": f"# The package\n\n{about}\n\n{front_door()}\n\n{modules()}\n"}
     for path in NOTEBOOKS:
         made[ADDRESSES[path]], pictures = as_markdown(path)
