@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['picture_errors', 'mean_picture', 'decode', 'total_variation', 'search', 'unsplit', 'search_known', 'discriminator',
-           'Hijacker', 'hijacked_round', 'hijack']
+           'Hijacker', 'hijacked_round', 'falsely_aligned_round', 'hijack']
 
 # %% ../../nbs/68c_papers.inversion.ipynb #9eb1ef50
 import math
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algorithms.base import aggregate
-from ..algorithms.state import State
+from ..algorithms.base import Metrics, aggregate, arrivals
+from ..algorithms.sage import SageState, align_client, client_steps, target_of
+from ..algorithms.state import State, server_of
 from ..config.experiment import Experiment
 from ..core import arithmetic, choose_device, generator, random_stream, require
 from ..data.images import Images
@@ -25,6 +26,7 @@ from ..experiments.setup import client_data, prepare
 from ..config.settings import record_of
 from ..ledger import Ledger
 from ..networks.defences import shields
+from ..networks.part import server_step
 from .leakage import decoder, ssim, train_decoder
 from .traffic import View
 
@@ -195,31 +197,59 @@ def hijacked_round(
     rnd: int,  # round
     ledger: Ledger,
     hijacker: Hijacker,
+    honest: bool = False,  # the server answers truthfully; the hijacker only looks on
 ) -> None:
     "Clients in turn get the hijacker's gradients; their models are averaged (FSHA on SplitFed)."
     for i in state.present:
         client, link = state.clients[i], ledger.link(rnd, i)
         for _, x, y in state.batches(i, rnd):
             smashed = client.forward(x)
-            at_server, _ = link.up(smashed=smashed, labels=y)
-            client.backward(smashed, link.down(cut_grad=hijacker.answer(at_server)))
+            at_server, labels = link.up(smashed=smashed, labels=y)
+            answer = hijacker.answer(at_server)
+            if honest:
+                answer = server_step(server_of(state, i), at_server, labels, criterion=state.criterion)[1]
+            client.backward(smashed, link.down(cut_grad=answer))
+    aggregate(state, rnd, ledger, client_model=state.clients)
+
+# %% ../../nbs/68c_papers.inversion.ipynb #5c1d7e21
+def falsely_aligned_round(
+    state: SageState,
+    rnd: int,  # round
+    ledger: Ledger,
+    hijacker: Hijacker,
+    honest: bool = False,  # the server aligns with its own gradients; the hijacker only looks on
+) -> None:
+    "FSL-SAGE's round, its auxiliary models aligned with the hijacker's gradients (FSHA on FSL-SAGE; ours)."
+    metrics, due = Metrics(), state.experiment.algorithm.aligns(rnd)
+    for i, s, smashed, labels in arrivals(state, lambda i: client_steps(state, i, rnd, metrics), waiting=due):
+        link, buffer = ledger.link(rnd, i), state.buffers[i]
+        at_server, labels = link.up(smashed=smashed, labels=labels)
+        hijacker.answer(at_server)  # its models learn from every upload
+        if honest:
+            server_step(server_of(state, i), at_server, labels, False, state.criterion)
+        buffer.add(at_server, labels)
+        if due and s == 0:
+            align_client(state, i, rnd, target_of(state, i, rnd) if honest else hijacker.answer(buffer.smashed))
+            link.down(aux_model=state.auxes[i])
     aggregate(state, rnd, ledger, client_model=state.clients)
 
 # %% ../../nbs/68c_papers.inversion.ipynb #13e65156
 @arithmetic("fp32")
 def hijack(
-    experiment: Experiment,  # SplitFed-SS
+    experiment: Experiment,  # SplitFed's or FSL-SAGE's
     n_rounds: int,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
     client: int = 0,  # whose pictures
     seed: int = 0,  # of the hijacker
+    honest: bool = False,  # for comparison: clients get true gradients, or models aligned with them
 ) -> dict[str, Any]:  # guess and truth (n, channel, height, width); ledger
-    "Pictures from clients that the server has trained. `ValueError` where clients take no gradient from the server."
+    "Pictures from clients that the server has trained. `ValueError` where the server cannot choose their gradient."
     record = record_of(experiment)
+    aligned = record.cost is not None and bool(record.cost.aligned)
     answered = record.cost is not None and "smashed" in record.cost.down and bool(record.cost.averaged)
-    fine = "one whose clients step on the server's gradient and are averaged, such as sl_single_server"
-    require(answered, "algorithm.name", record.name, fine)
+    fine = "one whose averaged clients step on the server's gradient or an aligned estimate, as fsl_sage's"
+    require(aligned or answered, "algorithm.name", record.name, fine)
     device = choose_device(device)
     dataset, ledger = prepare(experiment, device, root)[0], Ledger(phase="start")
     state = record.init(experiment, client_data(experiment, dataset), ledger)
@@ -228,7 +258,7 @@ def hijack(
     mean, std = (torch.as_tensor(v, device=device).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
     hijacker = Hijacker(state.clients[client].model, dataset.test.x / 255, lambda pixels: (pixels - mean) / std, seed)
     for rnd in range(n_rounds):
-        hijacked_round(state, rnd, ledger, hijacker)
+        (falsely_aligned_round if aligned else hijacked_round)(state, rnd, ledger, hijacker, honest)
     with torch.no_grad():
         guess = hijacker.pictures(state.clients[client].model(x))
     return {"guess": guess, "truth": x * std + mean, "ledger": ledger, "public": dataset.test}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..algorithms.state import State, server_of
 from ..config.experiment import Experiment
+from ..config.settings import record_of
 from ..core import arithmetic, choose_device, require
 from ..costs.clock import Attendance
 from ..data.batches import ClientData
@@ -92,6 +93,12 @@ class View:
     outside: Images  # test images
     pixels: tuple[Tensor, Tensor]  # mean and deviation of each channel, (channel, 1, 1)
     root: str | None = None  # folder with data sets, as it was given
+
+    @property
+    def aligned(self) -> nn.Module | None:
+        "The auxiliary model, if the server has aligned it."
+        cost = record_of(self.experiment).cost
+        return self.aux if cost is not None and cost.aligned else None
 
     def normalised(
         self,

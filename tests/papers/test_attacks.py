@@ -62,12 +62,16 @@ def test_a_tap_counts_what_a_ledger_counts():
     ]  # fmt: skip
 
 
-def test_a_hijacked_federation_sends_what_an_honest_one_sends():
-    experiment = preset("smoke", "sl_single_server", **TINY | {"rounds": 2, "model.cut": "layer1"})
+@pytest.mark.parametrize("algorithm", ["sl_single_server", "fsl_sage"])
+def test_a_hijacked_federation_sends_what_an_honest_one_sends(algorithm):
+    experiment = preset("smoke", algorithm, **TINY | {"rounds": 2, "model.cut": "layer1"})
     taken, honest = hijack(experiment, 2, "cpu"), train(experiment, "cpu", progress=False)
     assert taken["ledger"].bytes("wire") == honest.rounds.wire_bytes.iloc[-1]
-    with pytest.raises(ValueError, match="step on the server's gradient"):
-        hijack(experiment.replace(**{"algorithm.name": "fsl_sage"}), 1, "cpu")
+    true = hijack(experiment, 2, "cpu", honest=True)
+    assert true["ledger"].bytes("wire") == honest.rounds.wire_bytes.iloc[-1]
+    assert not torch.equal(true["guess"], taken["guess"])
+    with pytest.raises(ValueError, match="an aligned estimate"):
+        hijack(experiment.replace(**{"algorithm.name": "cse_fsl"}), 1, "cpu")
 
 
 @pytest.mark.parametrize(
