@@ -147,7 +147,7 @@ def u_shaped_step(
     criterion: Callable[..., Tensor],  # (logits, labels) → mean loss
 ) -> Tensor:  # mean loss, detached
     "Smashed data up, features down, their gradient up, the gradient at the cut down (Vepakomma et al., 2018)."
-    # one step of the schedule, not two; NoPeek is for what crosses the first cut
+    # of the two steps only the bottom's advances the schedule and has NoPeek's term (`15b_networks.defences`)
     head = replace(client, model=client.model.get_submodule("head"), schedule=None, nopeek=0.0)
     smashed = client(x)
     at_server = link.up(smashed=smashed).requires_grad_(smashed.requires_grad)
@@ -180,7 +180,7 @@ def splitfed_round(
     else:
         for i in state.present:
             train_with_server(i)
-    if many and not state.experiment.model.cuts:  # with these the servers' layers are averaged with the clients'
+    if many and not state.experiment.model.cuts:  # with a cut per client `aggregate` averages all layers
         average(state, state.servers)  # (7), among the servers: no client traffic
     aggregate(state, rnd, ledger, client_model=state.clients)  # (6)
     return metrics

@@ -108,7 +108,7 @@ class Shield:
 
     config: Any  # `config.parts.DefenceConfig`
     seed: int  # of the run's draws
-    kind: str  # of what it changes, an address of its random streams
+    kind: str  # of what it changes; seeds its random streams, too
     inner: Any = None  # the coder that packs it; None: it is sent as it is
     asked: "Shield | None" = None  # of a gradient: the shield of the smashed data that it answers
     masks: dict[int, Tensor] = field(default_factory=dict)  # client → channels of its last upload
