@@ -6,11 +6,16 @@ the machines are shared, so only ratios within one run mean something.
 The yardstick of a round is the forward and backward pass of the same layers on the same batches, in the same memory
 layout and precision, with nothing around it: no augmentation, no optimiser, no federation. For CSE-FSL and FSL-SAGE
 that includes the auxiliary models and, for FSL-SAGE, every pass of an alignment.
+
+The third table has the processor time of starting: the package, the command's help, and PyTorch beside them.
 """
 
 import argparse
 import csv
+import resource
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -254,6 +259,26 @@ def many_clients(n: int, args: argparse.Namespace, device: torch.device) -> dict
     }  # fmt: skip
 
 
+STARTS = {
+    "python": ["-c", "pass"],
+    "import fsl_sage": ["-c", "import fsl_sage"],
+    "fsl-sage --help": ["-m", "fsl_sage", "--help"],
+    "import torch": ["-c", "import torch"],
+}  # what is started: the interpreter's words
+
+
+def start_up(name: str, repeats: int) -> dict[str, object]:
+    """A row of the third table: user and system time of a new process, which other programs change little."""
+    times = []
+    for _ in range(1 + repeats):  # the first one reads files from the disk
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *STARTS[name]], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    middle, least, most = statistics.median(times[1:]), min(times[1:]), max(times[1:])
+    return {"start": name, "cpu_seconds": round(middle, 3), "least": round(least, 3), "most": round(most, 3)}
+
+
 # ---------------------------------------------------------------------------------------------------------- results
 
 
@@ -311,7 +336,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--many-width", type=int, default=8, help="of the network there")
     add("--in-flight", type=int, default=4, help="clients on the device at a time there")
     add("--matrix", type=int, default=2048, help="rows and columns of the ceiling's matrices")
-    add("--out", type=Path, default=HERE / "results", help="folder for bench.csv, clients.csv, bench.png")
+    add("--out", type=Path, default=HERE / "results", help="folder for bench.csv, clients.csv, starts.csv, bench.png")
     return parser.parse_args(argv)
 
 
@@ -334,11 +359,15 @@ def main(argv: list[str] | None = None) -> None:
         many_clients(args.in_flight, args, device)  # warms up
         many = [many_clients(n, args, device) for n in tqdm(args.many, "many clients", leave=False)]
     print(table(many) if many else "")
+    starts = [start_up(name, args.repeats) for name in tqdm(STARTS, "starts", leave=False)]
+    print(table(starts))
     where = {"device": made["device_name"], "threads": args.threads, "precision": args.precision}
     where |= {"torch": made["torch"], "finished": made["finished"]}
     write_csv([row | where for row in rows], args.out / "bench.csv")
     if many:
         write_csv([row | where for row in many], args.out / "clients.csv")
+    machine = {name: where[name] for name in ("device", "torch", "finished")}
+    write_csv([row | machine for row in starts], args.out / "starts.csv")
     with atomic_path(args.out / "bench.png") as whole:
         draw(rows, many, words).savefig(whole, dpi=200)
 
