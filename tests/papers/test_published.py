@@ -1,5 +1,7 @@
 """The published settings on small machines: what is drawn without training, and what side by side means on a GPU."""
 
+import json
+
 import nbformat
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fsl_sage.costs.estimate import BUNDLES
 from fsl_sage.experiments import pool
 from fsl_sage.experiments.runs import RunStore
 from fsl_sage.experiments.store import model_of
+from fsl_sage.papers.standing import read_versus
 from tests.support import ROOT
 
 FIGURES = ROOT / "figures"
@@ -131,17 +134,40 @@ def test_an_estimate_trains_nothing(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     header, (row,) = said.split("\n")[0].split(), [line for line in said.split("\n") if line.startswith("one_client")]
     assert header == ["runs", "PFLOP", "core_hours", "GB_sent", "GiB_memory"]
-    assert float(row.split()[1]) == 5 and all(float(number) > 0 for number in row.split()[1:])
+    assert float(row.split()[1]) == 10 and all(float(number) > 0 for number in row.split()[1:])
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
 def test_the_tables_are_drawn_from_the_runs_of_one_client(tmp_path, monkeypatch, capsys):
-    """A bundle is a part of its figure: the rest is left out, and said to be missing."""
+    """A bundle is a part of its figure: the rest is left out, and said to be missing. Both losses have verdicts."""
     monkeypatch.setenv("FSL_SAGE_RUNS", str(tmp_path / "runs"))
     asked = plan(FIGURES / "sglr_tables_1_to_3.ipynb", {"preset": "smoke", "clients": [1]})
     RunStore().get(asked, "cpu", progress=False, jobs=1)
     words = ["--no-train", "--preset", "smoke", "--device", "cpu", "--only", "sglr_tables_1_to_3"]
     assert main([*words, "--gallery", str(tmp_path / "gallery")]) == 0
-    assert "10 of 11 runs missing" in capsys.readouterr().out
+    assert "10 of 12 runs missing" in capsys.readouterr().out
     assert (tmp_path / "gallery" / "sglr_tables_1_to_3.png").exists()
+    versus = read_versus(tmp_path / "gallery" / "sglr_tables_1_to_3_paper_versus_ours.csv")
+    assert versus[versus.n > 0].groupby("variant").size().nunique() == 1  # as many cells with the one as the other
+    assert set(versus.variant) == {"", "binary cross-entropy, as released"}
+    about = json.loads((tmp_path / "gallery" / "sglr_tables_1_to_3.json").read_text())
+    assert [line.split(":")[0] for line in about["words"][:2]] == [
+        "one client, cross entropy", "one client, binary cross entropy",
+    ]  # fmt: skip
+
+
+def test_one_client_is_planned_with_both_losses():
+    """The stored runs with cross-entropy keep their addresses; the released code's loss adds as many runs."""
+    notebooks = figure_notebooks(FIGURES, ["sglr_tables_1_to_3"])
+    (figure,) = claimed(notebooks, {"preset": "published"}, ["one_client"]).values()
+    stored = {path.name for path in (FIGURES / "gallery" / "published" / "histories").iterdir()}
+    by_loss = {}
+    for run in figure.experiments:
+        by_loss.setdefault(run.algorithm.loss, []).append(run)
+    assert {loss: sorted(run.seed for run in runs) for loss, runs in by_loss.items()} == {
+        "cross_entropy": [200, 201, 202, 203, 204], "binary_cross_entropy": [200, 201, 202, 203, 204],
+    }  # fmt: skip
+    assert {run.hash for run in by_loss["cross_entropy"] if run.seed < 204} < stored
+    (six,) = claimed(notebooks, {"preset": "published"}, ["six_clients"]).values()
+    assert {run.algorithm.loss for run in six.experiments} == {"cross_entropy"}
