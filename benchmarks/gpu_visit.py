@@ -679,10 +679,9 @@ def finish(head: dict[str, Any], made_with: dict[str, Any], folder: Path) -> str
     """Keep a run that the time cut short as what it is, a run of so many rounds; say what became of it."""
     import pandas as pd
 
-    from fsl_sage.config.experiment import from_dict
+    from fsl_sage.config.experiment import can_be_shorter, from_dict
     from fsl_sage.experiments.history import ALIGNMENT_COLUMNS, History
     from fsl_sage.experiments.store import put_run, run_lock
-    from fsl_sage.experiments.stored import can_be_shorter
     from fsl_sage.ledger import Ledger, Transfer
 
     whole, done, ledger = from_dict(head["experiment"]), head["progress"], Ledger()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXING_MODES', 'AVERAGE_PHASES', 'MIXES', 'SGLR', 'SplitLrSettings', 'SplitAvgSettings', 'SglrSettings',
-           'server_rate', 'split_lr_server', 'fraction_now', 'active_clients', 'concat_batch', 'pooling',
-           'concat_batch_pool', 'concat_channels', 'ManyHeads', 'OneHead', 'noisy_mean', 'epsilon',
+           'server_rate', 'split_lr_server', 'phase_rounds', 'fraction_now', 'active_clients', 'concat_batch',
+           'pooling', 'concat_batch_pool', 'concat_channels', 'ManyHeads', 'OneHead', 'noisy_mean', 'epsilon',
            'require_equal_batches', 'init', 'widened', 'joint_step', 'send_average', 'run_round', 'evaluation_models']
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #cf6a8667
@@ -35,6 +35,10 @@ from ..networks.part import LOSSES, Part, server_step
 from ..networks.layout import fast_layout
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #6efe9235
+MIXING_MODES = ("concat_batch", "pooling", "concat_batch_pool", "concat_channels")
+AVERAGE_PHASES = ("full", "initial", "final")
+
+
 @dataclass(frozen=True)
 class SplitLrSettings(Settings):
     "Of algorithms whose server learns at a multiple of the clients' rate."
@@ -49,10 +53,6 @@ class SplitLrSettings(Settings):
         object.__setattr__(experiment, "model", replace(model, server=server))
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #9db90759
-MIXING_MODES = ("concat_batch", "pooling", "concat_batch_pool", "concat_channels")
-AVERAGE_PHASES = ("full", "initial", "final")
-
-
 @dataclass(frozen=True)
 class SplitAvgSettings(JointSettings):
     "Of algorithms that give clients the average of their gradients."
@@ -70,6 +70,13 @@ class SplitAvgSettings(JointSettings):
             forget(self, "average_phase", "average_fraction", "clip_norm", "noise_multiplier")
         if self.average_phase == "full":
             forget(self, "average_fraction")
+
+    def begins_as(self, rounds: int) -> tuple[Settings, int] | None:
+        if self.average_phase == "initial":
+            return replace(self, average_phase="full"), phase_rounds(self, rounds)
+        if self.average_phase == "final":
+            return replace(self, active_fraction=0.0), rounds - phase_rounds(self, rounds)
+        return None
 
 
 @dataclass(frozen=True)
@@ -114,13 +121,21 @@ def split_lr_server(
     return make_part(server, replace(model.server.optimizer, lr=rate), **part_options(experiment, data, "server"))
 
 # %% ../../nbs/36_algorithms.sglr.ipynb #c700e15e
+def phase_rounds(
+    config: Settings,  # SGLR's
+    rounds: int,  # of the whole training
+) -> int:
+    "The length of the phase in which gradients are averaged."
+    return math.ceil(round(config.average_fraction * rounds, 9))  # 0.55 · 100 is 55, also in floating point
+
+
 def fraction_now(
     config: Settings,  # SGLR's
     rnd: int,  # round, from 0
     rounds: int,  # of the whole training
 ) -> float:  # φ in this round, in [0, 1]
     "φ while its phase lasts, else 0 (phased SplitAvg; SGLR, Table 3)."
-    length = math.ceil(round(config.average_fraction * rounds, 9))  # 0.55 · 100 is 55, also in floating point
+    length = phase_rounds(config, rounds)
     on = {"full": True, "initial": rnd < length, "final": rnd >= rounds - length}
     return config.active_fraction if on[config.average_phase] else 0.0
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'SEEDS', 'BACKENDS', 'figure_notebooks', 'parameters_for', 'after_plan', 'runs_called', 'plan',
            'this_python_as_kernel', 'Figure', 'command_of', 'words_of', 'keep_words', 'execute', 'store_of',
-           'kernel_environment', 'planned', 'machines', 'train_planned', 'draw_only', 'execute_all', 'summary',
-           'reproduce']
+           'kernel_environment', 'planned', 'machines', 'still_needed', 'train_planned', 'draw_only', 'execute_all',
+           'summary', 'reproduce']
 
 # %% ../../nbs/91_commands.figures.ipynb #25605efa
 import ast
@@ -143,6 +143,7 @@ class Figure:
     parameters: dict[str, Any]  # for papermill
     experiments: list[Experiment] = field(default_factory=list)  # that it will ask of the store, as far as is known
     models: list[Experiment] = field(default_factory=list)  # those of them whose trained models it reads
+    ends: list[Any] = field(default_factory=list)  # callbacks that may end them early, as `comparison.Decided`
     remarks: list[str] = field(default_factory=list)  # for the summary
     wrong: str | None = None  # what went wrong, in a line
     seconds: float = 0.0
@@ -255,6 +256,7 @@ def planned(
             if (namespace := after_plan(figure.notebook, figure.parameters)) is not None:
                 figure.experiments = runs_called("experiments", namespace, figure.notebook)
                 figure.models = runs_called("models", {"models": [], **namespace}, figure.notebook)
+                figure.ends = namespace.get("ends", [])
         except Exception as error:  # the notebook will fail at the same cell when it is executed
             figure.remarks.append(f"could not be planned: {type(error).__name__}: {error}".splitlines()[0])
     return figures
@@ -286,6 +288,22 @@ def machines(
     finally:
         ray.shutdown()
 
+# %% ../../nbs/91_commands.figures.ipynb #7b1e2c91
+def still_needed(
+    figure: Figure,
+    store: RunStore,
+    root: str | None = None,  # folder with data sets
+) -> list[Experiment]:
+    "The figure's runs that are not stored, nor any beginning of them that is enough."
+    asked = list(dict.fromkeys(figure.experiments))
+    there, needed = set(store.stored(asked, root)), []
+    for run in (run for run in asked if run not in there):
+        begun = store.longest([run], root) if figure.ends else []
+        rounds = [history.rounds for history in (store.find(one, root) for one in begun) if history is not None]
+        if not any(end.over(run, one) for end in figure.ends for one in rounds):
+            needed.append(run)
+    return needed
+
 # %% ../../nbs/91_commands.figures.ipynb #010cc64f
 def train_planned(
     figures: Sequence[Figure],
@@ -293,20 +311,24 @@ def train_planned(
     parameters: Mapping[str, Any],  # of the notebooks; `device` and `data_root` count
     jobs: int,  # runs at a time
     force: bool,  # train again what is stored
+    in_flight: int | None = None,  # clients of a run on the device at a time; None: all
 ) -> dict[Experiment, Exception]:  # what failed
     "Train what the figures need and the store does not have. `StoreError` if it cannot be written."
     asked = [run for figure in figures for run in figure.experiments]
     needed, root = list(dict.fromkeys(asked)), parameters.get("data_root") or None
     if force:
         print(f"{store.set_aside(needed, root)} stored runs moved to {store.root / 'replaced'}")
-    missing = len(needed) - len(store.stored(needed, root))
+    asked_for = dict.fromkeys(run for figure in figures for run in still_needed(figure, store, root))
+    missing = len(asked_for)
     print(f"{len(figures)} figures show {len(asked)} runs, {len(needed)} different: {len(needed) - missing} stored, "
           f"{missing} to train", flush=True)  # fmt: skip
     try:
         models = [run for figure in figures for run in figure.models]
         keep: list[Callback] = [KeepModel(store.root, models)] if models else []
         keep += [Writes(root=root)] if any(map(reads_text, needed)) else []
-        return train_missing(store.root, needed, parameters["device"], root, True, jobs, keep)
+        keep += [end for figure in figures for end in figure.ends]
+        how: dict[str, Any] = {"in_flight": in_flight}
+        return train_missing(store.root, asked_for, parameters["device"], root, True, jobs, keep, **how)
     except StoreError:
         raise
     except Exception as error:
@@ -321,13 +343,13 @@ def draw_only(
     "Find out which figures can be drawn from the stored runs, and what is missing."
     for figure in figures:
         asked = list(dict.fromkeys(figure.experiments))
-        there = store.stored(asked, figure.parameters.get("data_root") or None)
-        missing = [f"{label(run)} seed {run.seed} ({run.hash})" for run in asked if run not in there]
+        needed = still_needed(figure, store, figure.parameters.get("data_root") or None)
+        missing = [f"{label(run)} seed {run.seed} ({run.hash})" for run in needed]
         if missing:
             more = f" and {len(missing) - 5} more" * (len(missing) > 5)
             figure.remarks.append(f"{len(missing)} of {len(asked)} runs missing: {', '.join(missing[:5])}{more}")
         unplanned = any(remark.startswith("could not be planned") for remark in figure.remarks)
-        if unplanned or (missing and not ("train" in figure.parameters and there)):
+        if unplanned or (missing and not ("train" in figure.parameters and len(missing) < len(asked))):
             figure.wrong = "not drawn, and nothing was trained (--no-train)"
 
 # %% ../../nbs/91_commands.figures.ipynb #7c54592a
@@ -368,6 +390,7 @@ def reproduce(
     force: bool = False,  # train again what is stored
     backend: str = "local",  # one of BACKENDS: where the runs are trained
     train: bool = True,  # False: draw what is stored, and say what is missing
+    in_flight: int | None = None,  # as for `train_planned`
 ) -> bool:  # whether all figures were made
     "Train what figures need, execute their notebooks, print a summary. `ValueError` if one lacks a parameter."
     figures, store = planned(notebooks, parameters, seeds, train), store_of(notebooks[0].parent, parameters)
@@ -375,7 +398,7 @@ def reproduce(
     failed = {}
     if train:
         with machines(backend, here if backend == "local" else jobs) as there:
-            failed = train_planned(figures, store, parameters, there, force)
+            failed = train_planned(figures, store, parameters, there, force, in_flight)
     else:
         draw_only(figures, store)
     done = {figure.notebook: figure for figure in figures if figure.wrong}

@@ -20,7 +20,8 @@ import pandas as pd
 
 import fsl_sage
 from ..algorithms.record import label
-from .figures import BACKENDS, Figure, figure_notebooks, planned, reproduce, store_of, train_planned
+from .figures import BACKENDS, Figure, figure_notebooks, planned, reproduce, still_needed, store_of
+from .figures import train_planned
 from .train import on_terminal
 from ..config.presets import PRESETS
 from ..core import atomic_path, choose_device, require, user_path
@@ -72,11 +73,12 @@ def train_claims(
     names: Sequence[str],  # of bundles
     jobs: int | None,  # runs at a time; None: `runs.default_jobs`
     force: bool,  # train again what is stored
+    in_flight: int | None = None,  # clients of a run on the device at a time; None: all
 ) -> None:
     "Train the runs of some bundles, in their order; say which failed."
     figures, store = list(claimed(notebooks, parameters, names).values()), store_of(notebooks[0].parent, parameters)
     jobs = jobs or default_jobs(parameters["device"])
-    for run, error in train_planned(figures, store, parameters, jobs, force).items():
+    for run, error in train_planned(figures, store, parameters, jobs, force, in_flight).items():
         print(f"run {run.hash} ({label(run)}, seed {run.seed}) FAILED  {error}".splitlines()[0])
 
 # %% ../../nbs/92_commands.reproduce.ipynb #485f8f08
@@ -91,8 +93,7 @@ def estimates(
         figure.notebook.stem: figure for figure in planned(notebooks, parameters, seeds)
     }  # fmt: skip
     store = store_of(notebooks[0].parent, parameters)
-    missing = {name: [run for run in figure.experiments if run not in store.stored([run])]
-               for name, figure in figures.items()}  # fmt: skip
+    missing = {name: still_needed(figure, store) for name, figure in figures.items()}
     rows = {name: runs for name, runs in missing.items() if runs}
     return estimate(rows) if rows else pd.DataFrame()
 
@@ -116,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[], metavar="N", help="seeds of the runs, for figures that have some "
         "(default: 200 201 202 with quick, else the notebooks' own)")
     add("--jobs", type=int, metavar="N", help="runs and notebooks at a time (default: one per core, up to 6 on a GPU)")
+    add("--in-flight", type=int, metavar="N", help="clients of a run on the device at a time, the others wait on disk "
+        "(default: all); less memory, the same numbers. Runs whose clients step together refuse it")  # fmt: skip
     add("--backend", default="local", choices=BACKENDS,
         help="where runs are trained: local (this machine, the default), ray (a cluster; needs fsl_sage[ray])")
     add("--force", action="store_true",
@@ -196,7 +199,8 @@ def _run(
     "Do what the command line says."
     root = checkout() or checkout(fsl_sage.__file__)
     require(bool(args.figures or root), "--figures", args.figures, "given, since this is no checkout of fsl_sage")
-    require(args.jobs is None or args.jobs >= 1, "--jobs", args.jobs, "1 or more")
+    for name, number in {"--jobs": args.jobs, "--in-flight": args.in_flight}.items():
+        require(number is None or number >= 1, name, number, "1 or more")
     require(all(0 <= seed < 2**63 for seed in args.seeds), "--seeds", args.seeds, "from 0 to 2**63 - 1")
     for name, text in args.parameters:
         require(name not in OPTIONS, f"-p {name}", text, f"given by --{name}")
@@ -219,11 +223,12 @@ def _run(
     gallery = Path(given["gallery"])
     gallery.mkdir(parents=True, exist_ok=True)
     if args.claims and train and not args.texts:
-        train_claims(notebooks, given, args.claims, args.jobs, args.force)
+        train_claims(notebooks, given, args.claims, args.jobs, args.force, args.in_flight)
+    work: list[tuple[Any, ...]]
     if args.claims:  # draw what there is
         work = [([path], given, claim_seeds(path.stem), args.jobs, False, args.backend, False) for path in notebooks]
     else:
-        work = [(notebooks, given, seeds, args.jobs, args.force, args.backend, train)]
+        work = [(notebooks, given, seeds, args.jobs, args.force, args.backend, train, args.in_flight)]
     made = [] if args.texts else [reproduce(*one) for one in work]
     return 0 if _pages(gallery, folder) and all(made) else 1
 

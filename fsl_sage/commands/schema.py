@@ -25,6 +25,7 @@ class Options:
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1
     save: bool = False  # keep the trained model, for `fsl-sage export`
     resume: bool = True  # go on from the checkpoint of a run that was interrupted
+    in_flight: int | None = None  # clients on the device at a time, the others wait on disk (null: all); same numbers
     log: list[str] = field(default_factory=list)  # tensorboard, wandb: log=[tensorboard]
     plugins: list[str] = field(default_factory=list)  # files with parts of your own: plugins=[my.py]
     data_root: str | None = None  # folder with data sets (default: FSL_SAGE_DATA, else the user's cache)

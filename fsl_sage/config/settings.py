@@ -86,6 +86,10 @@ class Settings:
         "Why the clients' models differ after a round of an algorithm that averages them."
         return ""
 
+    def begins_as(self, rounds: int) -> "tuple[Settings, int] | None":  # those settings; for how many rounds
+        "Settings that give the first of `rounds` rounds as these do, and differ later; None: none are known."
+        return None
+
     def in_turn(self, rnd: int) -> bool:
         "Whether clients work one after another in round `rnd`; False: in the order of the algorithm's record."
         return False

@@ -26,7 +26,7 @@ from ..algorithms.state import clients_differ, decoder_of, example_batch
 from .table import CountFlops, Costs, costs_of
 from .clock import attendances
 from ..config.parts import DatasetConfig, ModelConfig
-from ..config.experiment import Experiment
+from ..config.experiment import Experiment, trunk_of
 from ..config.settings import algorithms, record_of
 from ..config.presets import preset
 from ..core import arithmetic, held_memory, one_of, tensor_bytes
@@ -139,6 +139,7 @@ def _counted(model: ModelConfig, dataset: DatasetConfig, algorithm: str, batch_s
 # %% ../../nbs/58_costs.estimate.ipynb #9a4e0c04
 def count(
     run: Experiment,
+    first: int = 0,  # the round with which its own work begins; another run makes those before
 ) -> dict[str, float]:  # FLOPs of training, alignment, evaluation; bytes sent; memory in bytes
     "Count what a run computes, sends and holds. `ValueError` if the size of its data set is not known."
     cuts, asked = run.model.cuts, (run.dataset, run.algorithm.name, run.model.client.batch_size)
@@ -147,7 +148,7 @@ def count(
     samples, tested = share(run)
     works, sent, made = [], 0, 0
     for attendance in attendances(run, samples, [own.costs for own in each] or one.costs):
-        works += attendance.works
+        works += attendance.works if attendance.round >= first or first == 0 else []
         sent += sum(work.up + work.down for work in attendance.works)
         made += attendance.round >= 0
         if run.comm_threshold_mb and sent >= run.comm_threshold_mb * 2**20:
@@ -156,7 +157,7 @@ def count(
     return {
         "training": sum(work.flops + work.server_flops for work in works),
         "alignment": sum(work.alignment_flops for work in works),
-        "evaluation": -(-made // run.eval_every) * models * tested * one.forward,
+        "evaluation": (-(-made // run.eval_every) - first // run.eval_every) * models * tested * one.forward,
         "bytes": sent, "memory": _memory(run, one),
     }  # fmt: skip
 
@@ -209,7 +210,9 @@ def estimate(
     rates = {kind: speed(run, seconds / len(one_each)) for kind, run in one_each.items()}
     rows = []
     for name, asked in figures.items():
-        counts = {run: count(run) for run in dict.fromkeys(asked)}
+        trunks = {run: trunk_of(run) for run in asked}
+        begun = {run: trunk[1] for run, trunk in trunks.items() if trunk and trunk[0] in trunks}
+        counts = {run: count(run, begun.get(run, 0)) for run in trunks}
         work = {run: c["training"] + c["alignment"] + c["evaluation"] for run, c in counts.items()}
         rows.append({
             "figure": name, "runs": len(counts), "PFLOP": sum(work.values()) / 1e15,
@@ -230,7 +233,7 @@ class Bundle(NamedTuple):
 
 TABLES = "sglr_tables_1_to_3"
 BUNDLES = {
-    "one_client": Bundle(TABLES, {"clients": [1], "seeds": [200, 201, 202, 203, 204]}, "n = 1, and a run's spread"),
+    "one_client": Bundle(TABLES, {"clients": [1], "seeds": [*range(200, 205)]}, "n = 1, both losses; a run's spread"),
     "six_clients": Bundle(TABLES, {"clients": [6]}, "n = 6: every lr_power and φ of Tables 1 and 2"),
     "headline": Bundle("sage_accuracy_vs_communication", {}, "bytes to 81 %: order, and the ratio 2.13"),
     "eight_clients": Bundle(TABLES, {"clients": [8]}, "n = 8: where Table 1 collapses at lr_power 2; Table 3"),

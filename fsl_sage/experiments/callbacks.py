@@ -44,9 +44,10 @@ class StopRun(Exception):
         self,
         why: str = "",
         columns: Mapping[str, float] | None = None,  # to add to the round's row
+        enough: bool = False,  # whether a store keeps what there is, as a run of so many rounds
     ):
         super().__init__(why)
-        self.columns = columns
+        self.columns, self.enough = columns, enough
 
 # %% ../../nbs/45_experiments.callbacks.ipynb #48ec55a4
 class Callback:
@@ -115,7 +116,7 @@ def tell_round(
                 raise
             failed(callback, error)
     if stop:
-        raise StopRun(str(stop), columns)
+        raise StopRun(str(stop), columns, stop.enough)
     return columns
 
 # %% ../../nbs/45_experiments.callbacks.ipynb #723c7a74

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'FORMAT', 'write_tensors', 'read_tensors', 'Progress', 'own_fields', 'require_kept', 'save_checkpoint',
-           'CheckpointError', 'load_checkpoint', 'load_beside', 'data_of']
+           'CheckpointError', 'load_checkpoint', 'load_beside', 'fields_of_progress', 'data_of']
 
 # %% ../../nbs/41_experiments.checkpoint.ipynb #c4c6c55c
 import errno
@@ -89,6 +89,7 @@ class Progress:
     data: str = ""  # digest of the data set; empty: not known
     seconds: float = 0.0  # of training so far, in all parts of a run that was stopped
     core_seconds: float = 0.0  # likewise, of all threads of the process
+    forked: dict[str, Any] | None = None  # the run that made the first rounds: run, rounds, core_seconds
 
 # %% ../../nbs/41_experiments.checkpoint.ipynb #2468f153
 def _groups(state: State) -> dict[str, Sequence[Part]]:
@@ -263,12 +264,19 @@ def load_beside(
     return _below(_read(Path(path), experiment)[1], "beside.")
 
 # %% ../../nbs/41_experiments.checkpoint.ipynb #4fe95558
+def fields_of_progress(
+    path: str | Path,  # of a checkpoint
+) -> dict[str, Any]:  # the fields of `Progress`; empty: it cannot be read
+    "How far the run of a checkpoint has come, without reading its tensors."
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads(file.metadata()["run"])["progress"])
+    except Exception:  # metadata may be anything
+        return {}
+
+
 def data_of(
     path: str | Path,  # of a checkpoint
 ) -> str:  # empty: it does not say, or cannot be read
     "The digest of the data set that a checkpoint was made with."
-    try:
-        with safe_open(path, framework="pt") as file:
-            return str(json.loads(file.metadata()["run"])["progress"]["data"])
-    except Exception:  # metadata may be anything
-        return ""
+    return str(fields_of_progress(path).get("data", ""))

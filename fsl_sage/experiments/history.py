@@ -10,6 +10,7 @@ __all__ = ['CLIENT_COLUMNS', 'ALIGNMENT_COLUMNS', 'WHOLE', 'evaluate', 'evaluate
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -124,6 +125,7 @@ class History:
     seconds: float | None = None  # of training, with the time before an interruption; None: read from a store
     data: str = ""  # digest of the data set; empty: not known
     core_seconds: float | None = None  # processor time of all threads, likewise
+    forked: dict[str, Any] | None = None  # the run that made the first rounds: run, rounds, core_seconds
 
 # %% ../../nbs/42_experiments.history.ipynb #14ad70ad
 class RunError(Exception):

@@ -104,6 +104,7 @@ class RunStore(StoredRuns):
         progress: bool = True,  # show bars
         jobs: int | None = None,  # runs at a time, each in a process of its own; None: `default_jobs`
         callbacks: Sequence[Callback] = (),  # told of the rounds that are trained; each process has its own copies
+        in_flight: int | None = None,  # clients of a run on the device at a time; None: all
     ) -> list[History]:  # one per experiment, in their order
         "The runs of `experiments`, trained if missing. If some fail, the others are stored; raises the first error."
         experiments = list(experiments) if isinstance(experiments, Iterator) else experiments  # read more than once
@@ -112,7 +113,8 @@ class RunStore(StoredRuns):
         digests = RunDigests(root)
         histories = [self._find(experiment, digests) for experiment in experiments]  # a damaged run is reported first
         if any(history is None for history in histories):
-            failed = train_missing(self.root, experiments, device, root, progress, jobs, callbacks)
+            how: dict[str, Any] = {"in_flight": in_flight}
+            failed = train_missing(self.root, experiments, device, root, progress, jobs, callbacks, **how)
             _raise_first(list(failed.values()), len(experiments))
             digests = RunDigests(root)  # what was missing has been downloaded
             histories = [self._find(experiment, digests) for experiment in experiments]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FROM_FED_AVG', 'SIZES', 'OWN_SIZES', 'TARGETS', 'LIMITS', 'BUDGETS', 'PUBLISHED_ROUNDS',
-           'CENTRALISED_ROUNDS', 'AUXILIARY_SIZES', 'ABLATED_SIZES', 'INTERVALS', 'ABLATIONS', 'ALPHAS', 'WITHIN',
-           'SHARED_SIZES', 'LANGUAGE', 'ADAPTED', 'BASE', 'RANKS', 'DEPTHS', 'SGLR_METHODS', 'SGLR_CLIENTS', 'CURVES',
-           'comparison_run', 'controls', 'comparison_runs', 'headline_run', 'headline_runs', 'as_fed_avg',
-           'ablation_run', 'auxiliary_size_run', 'ablation_controls', 'alpha_run', 'alpha_runs', 'alpha_of',
-           'shared_server_run', 'language_run', 'language_base', 'adapted_run', 'partition_name', 'comparison_table',
-           'outcomes', 'order', 'draw_convergence']
+           'CENTRALISED_ROUNDS', 'PRINTED_ROUNDS', 'AUXILIARY_SIZES', 'ABLATED_SIZES', 'INTERVALS', 'ABLATIONS',
+           'ALPHAS', 'WITHIN', 'SHARED_SIZES', 'LANGUAGE', 'ADAPTED', 'BASE', 'RANKS', 'DEPTHS', 'SGLR_METHODS',
+           'SGLR_CLIENTS', 'CURVES', 'comparison_run', 'controls', 'comparison_runs', 'headline_run', 'headline_runs',
+           'Decided', 'as_fed_avg', 'ablation_run', 'auxiliary_size_run', 'ablation_controls', 'alpha_run',
+           'alpha_runs', 'alpha_of', 'shared_server_run', 'language_run', 'language_base', 'adapted_run',
+           'partition_name', 'comparison_table', 'outcomes', 'order', 'draw_convergence']
 
 # %% ../../nbs/65_papers.comparison.ipynb #5aeb269e
 import math
@@ -29,6 +29,7 @@ from ..data.sources import KNOWN
 from .plots import legend_below, level, new_figure, plot_curves
 from ..experiments.stored import tidy
 from ..networks.zoo import split_model
+from ..experiments.callbacks import Callback, Models, RunStart, StopRun
 from ..experiments.history import History
 
 # %% ../../nbs/65_papers.comparison.ipynb #59bb075d
@@ -120,6 +121,40 @@ def headline_runs(
     limits: dict[str, Any] = {"rounds": rounds, "comm_threshold_mb": None} if rounds else {}
     runs = [headline_run(size, name, rounds, seed=seed, **changes) for seed in seeds for name in names]
     return runs + [run for seed in seeds for run in controls(size, seed=seed, **limits, **changes)]
+
+# %% ../../nbs/65_papers.comparison.ipynb #d3c1de11
+PRINTED_ROUNDS = {  # rounds that send the printed GiB; the last: SplitFed-MS's runs, which serve FedAvg as well
+    "fsl_sage": 89, "cse_fsl": 91, "sl_single_server": 134, "fed_avg": 84, "sl_multi_server": 84,
+}  # fmt: skip
+
+
+class Decided(Callback):
+    "Ends runs of the headline at `published` with the round that decides their last claim."
+
+    def __init__(
+        self,
+        experiments: Sequence[Experiment],  # that it may end
+    ):
+        self.experiments = set(experiments)
+
+    def start(self, at: RunStart) -> None:
+        self.run, self.rows = at.experiment, list(at.earlier)
+
+    def round(self, row: dict[str, Any], models: Models) -> None:
+        self.rows.append(row)
+        if self.over(self.run, pd.DataFrame(self.rows)):
+            raise StopRun("its claims are decided", enough=True)
+
+    def over(
+        self,
+        run: Experiment,
+        rounds: pd.DataFrame,  # so far, as `History.rounds`
+    ) -> bool:
+        "Whether more rounds of `run` would decide nothing."
+        if run not in self.experiments:
+            return False
+        sent = len(rounds) >= PRINTED_ROUNDS[run.algorithm.name]
+        return sent and bool(rounds.test_accuracy.max() >= TARGETS["published"])
 
 # %% ../../nbs/65_papers.comparison.ipynb #7364626a
 def as_fed_avg(
