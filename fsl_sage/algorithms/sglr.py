@@ -78,7 +78,7 @@ class SplitAvgSettings(JointSettings):
             return replace(self, active_fraction=0.0), rounds - phase_rounds(self, rounds)
         return None
 
-
+# %% ../../nbs/36_algorithms.sglr.ipynb #8d2e4f11
 @dataclass(frozen=True)
 class SglrSettings(SplitLrSettings, SplitAvgSettings):
     "SGLR's settings."

@@ -176,7 +176,7 @@ def _forks(
 
 def _made(history: History, jobs: int, how: dict[str, Any]) -> dict[str, Any]:
     "What the provenance says of a run besides machine and versions."
-    notes = {"recorded": True} if how.get("recorded") else {}
+    notes: dict[str, Any] = {"recorded": True} if how.get("recorded") else {}
     notes |= {"forked": history.forked} if history.forked else {}
     return notes | {
         "core_seconds": history.core_seconds, "jobs": jobs, "peak_bytes": peak_memory(), "data": history.data,
@@ -188,7 +188,7 @@ def _interrupted(checkpoint: Path) -> bool:
     done = fields_of_progress(checkpoint)
     return checkpoint.exists() and (done.get("forked") or {}).get("rounds") != done.get("next_round", -1)
 
-
+# %% ../../nbs/49_experiments.attempt.ipynb #8d2e4f13
 def _train_and_put(
     experiment: Experiment,
     store: Path,  # root of the store

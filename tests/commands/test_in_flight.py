@@ -10,6 +10,7 @@ from fsl_sage.experiments.runs import RunStore
 from tests.support import ROOT
 
 WORDS = "preset=smoke algorithm=fed_avg rounds=1 dataset.max_train=60 dataset.max_test=20 num_clients=2 device=cpu"
+SGLR_DATA = "dataset.val_size=0 dataset.samples_per_client=10"
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_fsl_sage_lets_clients_wait_on_disk(asked, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(("word", "said"), [
     ("in_flight=0", "in_flight=0: must be at least 1, or None"),
     ("in_flight=two", "in_flight=two"),
-    ("algorithm=psl dataset.val_size=0 in_flight=1", "in_flight=1: must be all 2 clients for 'psl'"),
+    (f"algorithm=psl {SGLR_DATA} in_flight=1", "in_flight=1: must be all 2 clients for 'psl'"),
 ])  # fmt: skip
 def test_a_number_that_cannot_be_is_refused(asked, word, said, capsys):
     assert main([*WORDS.split(), *word.split()]) in (1, 2)
