@@ -44,7 +44,7 @@ class StopRun(Exception):
         self,
         why: str = "",
         columns: Mapping[str, float] | None = None,  # to add to the round's row
-        enough: bool = False,  # whether a store keeps what there is, as a run of so many rounds
+        enough: bool = False,  # whether a store keeps the rounds so far, as a finished run of that many rounds
     ):
         super().__init__(why)
         self.columns, self.enough = columns, enough

@@ -201,7 +201,7 @@ def auxiliary_for(
     most = bisect_right(names, budget, key=lambda at: tensor_bytes(prefix(at)))
     for at in [*names[:most][::-1], None]:
         features = None if at is None else prefix(at)
-        if features is None or sum(1 for _ in features.parameters()) < whole:  # the last layer is our own
+        if features is None or sum(1 for _ in features.parameters()) < whole:  # ours replaces the server's last layer
             aux = _with_head(features, smashed, num_classes)
             if tensor_bytes(aux) <= budget:
                 break

@@ -97,7 +97,7 @@ def best_at(
     rounds: pd.DataFrame,  # of one run
     budget: float,  # bytes, in the paper's counting
 ) -> float:  # accuracy, 0..1; NaN: the run ended before
-    "The best test accuracy within the budget, for a run that spent all of it: below a target means missed."
+    "The best test accuracy within the budget of a run that spent all of it; a run below its target has missed it."
     return best_up_to(rounds, budget) if rounds.paper_bytes.max() >= budget else math.nan
 
 
