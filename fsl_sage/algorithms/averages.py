@@ -83,7 +83,7 @@ def krum(states: States, weights: Sequence[float], start: dict[str, Tensor], con
     squares = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
     neighbours = max(1, len(models) - config.hostile - 2)
     near = squares.sort(1).values[:, 1 : 1 + neighbours].sum(1)  # (4)
-    chosen = 0 if near.is_meta else int(near.argmin())  # between machines a client's place has shapes alone
+    chosen = 0 if near.is_meta else int(near.argmin())  # on meta (`75_machines.placed`) there are no distances
     return {name: tensor.clone() for name, tensor in models[chosen].items()}
 
 

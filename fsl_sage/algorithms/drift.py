@@ -53,7 +53,7 @@ class DriftSettings(Settings):
         late = clock is not None and clock.deadline is not None
         fine = "1 with clock.deadline: a client that is late would miss an average"
         require(n == 1 or not late, "algorithm.average_every", n, fine)
-        fine = "1 with model.cuts: a layer that some clients hold and some servers is averaged over both in each round"
+        fine = "1 with model.cuts: a layer at some clients and at others' servers is averaged over both in each round"
         require(n == 1 or not cuts, "algorithm.average_every", n, fine)
 
 # %% ../../nbs/29b_algorithms.drift.ipynb #57f12640

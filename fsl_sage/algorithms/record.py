@@ -55,7 +55,7 @@ class RoundCost(NamedTuple):
     up: Mapping[str, Amount] = {}  # bytes to the server, besides the averaged models
     down: Mapping[str, Amount] = {}  # bytes to the client, besides the averaged models
     averaged: tuple[str, ...] = ()  # bytes of models: up, down, and down once more to a client that was absent
-    together: Mapping[str, Amount] = {}  # bytes down to each client in each step, also after its last batch
+    together: Mapping[str, Amount] = {}  # bytes down to each client in every step of the round, also after its last
     returning: tuple[str, ...] = ()  # bytes of other models that the server sends to a client that was absent
     aligned: tuple[str, ...] = ()  # bytes of models that the server sends in a round that aligns
 

@@ -29,7 +29,7 @@ def sizes_in_step(
     samples: Sequence[int],  # of each client
     batch_size: int,  # of a client with the mean number of samples
 ) -> list[list[int]]:  # of each client's batches in a pass over its data; all clients have equally many
-    "Batches as large as the clients' data. `ValueError` if a client has too few samples for so many."
+    "Batch sizes in proportion to the clients' data. `ValueError` if a client has fewer samples than steps."
     mean = sum(samples) / len(samples)
     steps = math.ceil(mean / batch_size)
     sizes = []

@@ -512,7 +512,7 @@ def uncounted(
     for kind, part in parts.items():
         more = released_bytes(part.model, context) - tensor_bytes(part.exchanged())
         head = tensor_bytes(server.get_submodule("head").weight) if kind == "server_model" else 0
-        found[kind] = Beside("frozen", 0, more - head)  # sent with the client's, which has the same table
+        found[kind] = Beside("frozen", 0, more - head)  # the head's weight is the client's token table, counted there
     aux = [state.auxes[0].model] if len(state.auxes) else []
     run = [block for model in (client, *aux) for block in blocks_of(model) if block.runs]
     return found | {"smashed": Beside("kv", 2 * len(run), 16)}

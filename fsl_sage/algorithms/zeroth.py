@@ -153,7 +153,7 @@ def heron_round(
             # Forward passes at both ends of each direction, and a step along it.
             loss = partial(auxiliary_loss, client, aux, x, y, state.criterion)
             addresses = addresses_of(seed, config, i, rnd, s)
-            elsewhere = x.is_meta  # then this place has no numbers to move
+            elsewhere = x.is_meta  # the client is another machine: here its tensors have shapes, no numbers
             value = loss() if elsewhere else two_point_step(loss, [client, aux], addresses, config.smoothing)
             metrics.loss(i, s, value, at="aux")
 
@@ -188,7 +188,7 @@ def moved_pass(
     address: Address,
     smoothing: float,  # μ
 ) -> Tensor:  # z(θ + μu)
-    "The smashed data of the client moved along a direction; on meta for a batch that is in another place."
+    "The smashed data of the client moved along a direction; on meta if the client is another machine."
     if x.is_meta:
         return client(x)
     with moved([client], address, smoothing):
@@ -226,7 +226,7 @@ def share_step(
     for i, client in enumerate(state.clients):
         own = arrived.get(i, mean)
         own = mean if own.is_meta else own
-        if not own.is_meta:  # else its numbers are in another place
+        if not own.is_meta:  # else the client is another machine
             step_along([client], addresses, own.tolist())
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #66c31693

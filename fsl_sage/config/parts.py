@@ -30,7 +30,7 @@ class SchedulerConfig:
     name: str = "multistep"  # multistep, step, fraction, cyclic, cosine, warmup; or warmup_linear, in steps
     milestones: tuple[int, ...] = ()  # multistep: the rounds of its drops
     step_size: int = 50  # step: rounds between drops; cyclic: half a cycle
-    gamma: float = 0.1  # factor at each drop; cyclic: lowest rate / lr; cosine: last rate / lr, also 0
+    gamma: float = 0.1  # factor at each drop; cyclic: lowest rate / lr; cosine: rate after the last round / lr, or 0
     fraction: float = 0.8  # fraction: the part of all rounds after which the rate drops, in (0, 1]
     early: int = 0  # fraction: how many rounds earlier it drops; 1 as in SGLR's released code
     warmup_steps: int = 0  # warmup_linear: steps in which the rate rises from 0; then it falls to 0
@@ -261,7 +261,7 @@ class CodecConfig:
     over: str = "batch"  # of quantise: what shares one range of values: batch, sample, channel
     stochastic: bool = False  # of quantise: round up or down at random, right on average
     rate: float = 0.1  # of top_k, random_top_k: part of a sample's numbers that is sent, in (0, 1]; 1: all, unchanged
-    spread: float = 0.1  # of random_top_k: weight of all numbers but the largest in the draw, in (0, 1)
+    spread: float = 0.1  # of random_top_k: share of the draw's weight for numbers below the largest, in (0, 1)
     pieces: int = 8  # of product: pieces of a sample, a divisor of its numbers
     groups: int = 1  # of product: groups of pieces with centres of their own, a divisor of pieces
     centres: int = 16  # of product: in each group, at least 2

@@ -86,8 +86,8 @@ class Settings:
         "Why the clients' models differ after a round of an algorithm that averages them."
         return ""
 
-    def begins_as(self, rounds: int) -> "tuple[Settings, int] | None":  # those settings; for how many rounds
-        "Settings that give the first of `rounds` rounds as these do, and differ later; None: none are known."
+    def begins_as(self, rounds: int) -> "tuple[Settings, int] | None":  # the others; how many rounds are equal
+        "Other settings whose run of `rounds` rounds has the same first rounds; None: none are known."
         return None
 
     def in_turn(self, rnd: int) -> bool:

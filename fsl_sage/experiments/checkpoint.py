@@ -114,7 +114,7 @@ def _channels_last(tensor: Tensor) -> bool:
     return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 # %% ../../nbs/41_experiments.checkpoint.ipynb #0f6df8af
-KNOWN = {spec.name for spec in fields(State)} | {"buffers", "told"}  # fields that `save_checkpoint` writes anyway
+KNOWN = {spec.name for spec in fields(State)} | {"buffers", "told"}  # saved elsewhere, or set up anew
 
 
 def own_fields(

@@ -36,7 +36,7 @@ def _loading(source: Source, finder: Carried) -> Iterator[None]:
     "Parts that are defined in the block belong to this source. If it fails, they are removed."
     again = any(loaded.home == source.home for loaded in FILES.values())
     forget(source.home)
-    if again or Path(source.home).is_absolute():  # a user may have imported an installed package before
+    if again or Path(source.home).is_absolute():  # an installed package may be in use at its first load: it stays
         others = finder.purge()
         fine = "a name that no other module of this session has: rename the plug-in's module"
         require(not others, "module", ", ".join(others), fine)
