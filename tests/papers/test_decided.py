@@ -36,7 +36,7 @@ def test_no_run_ends_before_it_has_sent_the_printed_bytes(name):
         assert before < printed[name]
 
 
-@pytest.mark.parametrize(("target", "rounds"), [(1e-9, 2), (2.0, 4)])
+@pytest.mark.parametrize(("target", "rounds"), [(0.0, 2), (2.0, 4)])
 def test_a_decided_run_is_kept_as_the_run_of_so_many_rounds(tmp_path, monkeypatch, target, rounds):
     """It is that run, bit for bit, is trained once, and nothing is missing; an undecided one goes on to its end."""
     monkeypatch.setitem(comparison.PRINTED_ROUNDS, "cse_fsl", 2)
@@ -61,6 +61,17 @@ def test_a_decided_run_is_kept_as_the_run_of_so_many_rounds(tmp_path, monkeypatc
     draw_only([figure], store)
     assert not figure.remarks and figure.wrong is None
     assert (store.folder(short) / "history.json").stat() == made and store.longest([run]) == [short]
+
+
+@pytest.mark.parametrize(("accuracies", "over"), [
+    ([0.9], False), ([0.9, 0.1], True), ([0.1, 0.9], True), ([0.1, 0.1], False), ([0.1, 0.1, 0.9], True),
+])  # fmt: skip
+def test_both_claims_must_be_decided(monkeypatch, accuracies, over):
+    """The bytes are sent after two rounds; the target may have been reached before."""
+    monkeypatch.setitem(comparison.PRINTED_ROUNDS, "cse_fsl", 2)
+    run = preset("smoke", "cse_fsl", **TINY)
+    rounds = pd.DataFrame({"test_accuracy": accuracies})
+    assert Decided([run]).over(run, rounds) == over and not Decided([]).over(run, rounds)
 
 
 def test_a_run_that_depends_on_its_length_is_not_cut(tmp_path):
