@@ -27,6 +27,7 @@ from .state import LocalData, State, _left_alone
 from ..config.experiment import Experiment
 from ..config.settings import Settings, setting
 from ..core import generator, require, weighted_average
+from ..data.partition import label_shares
 from ..ledger import Ledger, Link
 from ..networks.auxiliary import true_cut_grad
 from ..networks.cut import SplitModel
@@ -170,8 +171,8 @@ def own_shares(
     own: LocalData,  # of one client
 ) -> Tensor:  # (class,), adding up to 1
     "π_i: how often each label occurs in a client's data."
-    counts = torch.stack([y.cpu().bincount(minlength=own.num_classes) for _, y in own.batches(0, 0)]).sum(0)
-    return counts / counts.sum()
+    labels = torch.cat([y.cpu() for _, y in own.batches(0, 0)])
+    return label_shares(labels, own.num_classes).float()
 
 # %% ../../nbs/36h_algorithms.asynchronous.ipynb #75b4ea6d
 FULL = 512  # numbers of a sample up to which all covariances are kept, not variances alone

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .participation import AVERAGED
-from .state import State
+from .state import State, is_own
 from ..config.parts import AverageConfig
 from ..core import weighted_average
 from ..networks.part import Part
@@ -132,6 +132,6 @@ def poison_updates(
     for i in sorted({*hostile.clients} & {*state.present}):
         for kind, parts in groups.items():
             for name, parameter in parts[i].model.named_parameters():
-                if name in state.began.get(kind, {}):
+                if name in state.began.get(kind, {}) and not is_own(state.experiment, name):
                     start = state.began[kind][name]
                     parameter.copy_(start + factor * (parameter - start))

@@ -22,6 +22,7 @@ from .state import LocalData, State
 from ..config.experiment import Experiment
 from ..config.presets import PRESETS
 from ..core import require
+from ..data.partition import label_shares
 from ..ledger import Ledger
 
 # %% ../../nbs/36e_algorithms.scala.ipynb #9ac3509c
@@ -76,8 +77,7 @@ def log_shares(
     classes: int,
 ) -> Tensor:  # (classes,), ≤ 0
     "Logarithms of the labels' shares, less the largest."
-    shares = labels.bincount(minlength=classes) / len(labels)
-    logs = (shares + ABSENT).log()
+    logs = (label_shares(labels, classes).float() + ABSENT).log()
     return logs - logs.max()
 
 # %% ../../nbs/36e_algorithms.scala.ipynb #6e904144

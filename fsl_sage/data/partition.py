@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTRIBUTIONS', 'share_sizes', 'iid_parts', 'shard_parts', 'balanced_parts', 'draw_classes', 'dirichlet_parts',
            'key_parts', 'natural_parts', 'sorting_labels', 'is_count', 'balanced_share', 'partition',
-           'labels_per_client', 'plot_labels_per_client']
+           'labels_per_client', 'label_shares', 'plot_labels_per_client']
 
 # %% ../../nbs/10_data.partition.ipynb #a9209771
 import math
@@ -245,6 +245,14 @@ def labels_per_client(
     "How many samples of each class each client has."
     labels = labels.cpu()
     return torch.stack([labels[part].bincount(minlength=num_classes) for part in parts])
+
+# %% ../../nbs/10_data.partition.ipynb #3bb27c80
+def label_shares(
+    labels: Tensor,  # (samples,), int64, at least one sample
+    classes: int,
+) -> Tensor:  # (class,), float64, adding up to 1
+    "How often each label occurs."
+    return labels.bincount(minlength=classes).double() / len(labels)
 
 # %% ../../nbs/10_data.partition.ipynb #60dff855
 def plot_labels_per_client(

@@ -124,7 +124,7 @@ class Bench:
     validation: Images | None  # None: no validation
     algorithm: Algorithm
     criterion: Callable[..., Tensor]  # (logits, labels, reduction) → loss
-    shares: Tensor | None = None  # (client, class), from `label_shares`; None: unknown, or texts
+    shares: Tensor | None = None  # (client, class), from `shares_of_clients`; None: unknown, or texts
 
     def accuracies(
         self,

@@ -34,7 +34,7 @@ from .checkpoint import CheckpointError, Progress, load_checkpoint, require_kept
 from .digests import building, with_files
 from .history import ALIGNMENT_COLUMNS, CallbackError, DivergedError, History, first_bad_loss
 from .loop import Bench, Round, Run, alignment_rows, ending, is_due, round_row, rounds
-from .setup import Register, client_data, label_shares, prepare, register_of
+from .setup import Register, client_data, shares_of_clients, prepare, register_of
 from ..ledger import Ledger
 from ..networks.gpt2 import weights_in
 from ..algorithms.state import evaluation_loss
@@ -78,7 +78,7 @@ def begin(
     fine = f"{(data or '')[:16]}, as when the run was asked for: a file was replaced, or a plug-in has other data"
     algorithm, ledger = record_of(experiment), Ledger(phase="start")
     data_of_clients = client_data(experiment, dataset)
-    bench = Bench(dataset, validation, algorithm, evaluation_loss(experiment), label_shares(data_of_clients))
+    bench = Bench(dataset, validation, algorithm, evaluation_loss(experiment), shares_of_clients(data_of_clients))
     with clients_in_flight(in_flight), building(experiment), weights_in(root):
         state = algorithm.init(experiment, data_of_clients, ledger)
         digest = with_files(dataset.digest, experiment)

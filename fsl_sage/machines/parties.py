@@ -33,7 +33,7 @@ from ..experiments.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ..experiments.store import run_lock
 from ..experiments.loop import Bench, step_schedules
 from ..experiments.history import History
-from ..experiments.setup import client_data, label_shares, prepare
+from ..experiments.setup import client_data, shares_of_clients, prepare
 from ..ledger import Ledger
 from .mail import MARGIN, AnsweringMail, AskingMail, Exchange, NotYet, Question, begin_round
 from .mail import end_round, kept_mail, leave_out, plain_of, remember, remembered, within
@@ -425,7 +425,7 @@ def ask_clients(
         ledger = WireLedger(place=SERVER, mail=mail, device=device)
         get_to_know(experiment, mail, ledger, split, checkpoint)
         own_images = any(data not in ("", known) for data, known in zip(mail.data, mail.split, strict=True))
-        shares = None if own_images else label_shares(split)  # the server knows its own split's labels alone
+        shares = None if own_images else shares_of_clients(split)  # the server knows its own split's labels alone
         bench = Bench(dataset, validation, record_of(experiment), evaluation_loss(experiment), shares)
         while True:
             ledger = WireLedger(place=SERVER, mail=mail, device=device)

@@ -17,7 +17,7 @@ from ..config.settings import record_of
 from ..core import choose_device, require
 from ..experiments.loop import Bench
 from ..experiments.history import History
-from ..experiments.setup import client_data, label_shares, prepare
+from ..experiments.setup import client_data, shares_of_clients, prepare
 from ..networks.gpt2 import weights_in
 from .wire import SERVER, WireLedger
 from .remote import attend, check_remote, join, line, serve
@@ -78,7 +78,7 @@ def train_on_ranks(
             del dataset, validation, split
             return attend(join(experiment, ledger, own), ledger)
         record, loss = record_of(experiment), evaluation_loss(experiment)
-        bench = Bench(dataset, validation, record, loss, label_shares(split))
+        bench = Bench(dataset, validation, record, loss, shares_of_clients(split))
         del split
         return serve(join(experiment, ledger), ledger, bench, line if progress else lambda row: None)
 

@@ -11,7 +11,7 @@ from fsl_sage.config.presets import preset
 from fsl_sage.costs.clock import simulated_seconds
 from fsl_sage.costs.estimate import count
 from fsl_sage.data.batches import eval_batches
-from fsl_sage.experiments.setup import client_data, label_shares, prepare, register_of, set_up
+from fsl_sage.experiments.setup import client_data, prepare, register_of, set_up, shares_of_clients
 from fsl_sage.experiments.train import train, train_state
 from fsl_sage.ledger import Ledger
 from fsl_sage.machines.remote import check_remote
@@ -62,7 +62,7 @@ def test_own_layers_differ_and_all_others_are_equal_after_a_round(algorithm):
     assert len(models) == 3
     # Each client's accuracy is its own model's, on its own mixture of labels.
     dataset, _ = prepare(experiment, torch.device("cpu"))
-    shares, seen = label_shares(client_data(experiment, dataset)).numpy(), []
+    shares, seen = shares_of_clients(client_data(experiment, dataset)).numpy(), []
     for model, own in zip(models, shares, strict=True):
         x, y = next(iter(eval_batches(dataset.test, dataset.mean, dataset.std)))
         right = (model.eval()(x).argmax(1) == y).numpy()
@@ -84,6 +84,17 @@ def test_what_is_sent_is_priced_and_no_own_layer_is_in_it(algorithm):
     assert history.rounds.paper_bytes.iloc[-1] < plain.rounds.paper_bytes.iloc[-1]
     assert count(experiment)["bytes"] == history.rounds.paper_bytes.iloc[-1]
     assert count(experiment)["evaluation"] == 3 * count(experiment.replace(**{"model.own_layers": []}))["evaluation"]
+
+
+@pytest.mark.parametrize("attack", ["scaled", "sign_flip"])
+def test_a_poisoned_update_leaves_layers_that_are_not_sent_as_they_are(attack):
+    liar = {"hostile.clients": [1], "hostile.attack": attack, "hostile.scale": 3.0}
+    (_, honest), (_, poisoned) = (
+        train_state(small("fed_avg", rounds=1, **more), "cpu", progress=False) for more in ({}, liar)
+    )
+    for parts in ("clients", "servers"):
+        one, other = (getattr(state, parts)[1].model.state_dict() for state in (honest, poisoned))
+        assert all(torch.equal(one[n], other[n]) == is_own(honest.experiment, n) for n in one if n.endswith("weight"))
 
 
 def test_none_is_the_default_and_leaves_hash_and_history():

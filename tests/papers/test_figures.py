@@ -35,6 +35,15 @@ def test_a_figure_ends_in_the_line_that_saves_its_files(name):
     assert not others & {word for statement in (*before, last) for word in called(statement)}
 
 
+def test_the_batch_knows_the_runs_of_each_figure():
+    """It finds them in the cell tagged `plan`, and trains them beforehand, side by side."""
+    for name, path in FIGURES.items():
+        cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        plans = [cell.source for cell in cells if "plan" in cell.metadata.get("tags", ())]
+        if any("store.get(experiments" in cell.source for cell in cells):
+            assert any("experiments = " in source for source in plans), name
+
+
 def definitions(name):
     """What a notebook defines: functions by name and by body, containers that are written out or built by a loop."""
     for node in statements(name):
