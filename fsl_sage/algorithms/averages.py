@@ -97,7 +97,7 @@ def begin_updates(
 ) -> None:
     "Keep what the clients begin with, where an average or an attack needs it."
     config, hostile = state.experiment.average, state.experiment.hostile
-    needed = config.name in ("clip", "krum") or (hostile is not None and hostile.of_updates)
+    needed = config.name in ("clip", "krum") or (hostile is not None and hostile.poisons == "models")
     state.began = {}
     for kind, group in AVERAGED.items() if needed else ():
         parts = getattr(state, group)
@@ -126,7 +126,7 @@ def poison_updates(
 ) -> None:
     "Replace what the hostile clients send by w_t ± s·(w_i − w_t), in trained parameters."
     hostile = state.experiment.hostile
-    if hostile is None or not hostile.of_updates:
+    if hostile is None or hostile.poisons != "models":
         return
     factor = -hostile.scale if hostile.attack == "sign_flip" else hostile.scale
     for i in sorted({*hostile.clients} & {*state.present}):

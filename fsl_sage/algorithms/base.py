@@ -235,16 +235,20 @@ class Metrics:
 
     losses: list[Loss] = field(default_factory=list)  # in the order of noting
     alignments: list[dict[str, Any]] = field(default_factory=list)  # one row per alignment: client, errors, cosines
+    left_out: list[tuple[int, int]] = field(default_factory=list)  # client, step of each batch that was left out
 
     def loss(
         self,
         client: int,  # -1: all clients together
         step: int,  # local step
-        value: Tensor,  # scalar, detached
+        value: Tensor | None,  # scalar, detached; None: the server has left the batch out
         at: str = "server",  # or "aux"
     ) -> None:
         "Note a loss. Clients side by side may do so in any order."
-        self.losses.append(Loss(client, step, at, value))
+        if value is None:
+            self.left_out.append((client, step))
+        else:
+            self.losses.append(Loss(client, step, at, value))
 
     @property
     def in_order(self) -> list[Loss]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .base import Metrics, aggregate, arrivals, average, broadcast, each_client
 from .base import one_per_client, whole_step
+from .check import checked_step, left_out
 from .drift import DriftSettings
 from .record import EACH, IN_STEP, IN_TURN, LOSS, ONCE, Algorithm, RoundCost, every
 from .state import LocalData, State, each_its_own, init_parts, part_options, server_of
@@ -122,17 +123,17 @@ FED_AVG = Algorithm(
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #7cd7f8f3
 def exchange_step(
-    client: Part,  # stepped
-    server: Part,  # stepped
+    state: State,  # client and server step
+    i: int,  # client
     link: Link,  # between the two
     x: Tensor,  # (batch, channel, height, width)
     y: Tensor,  # (batch,)
-    criterion: Callable[..., Tensor],  # (logits, labels) → mean loss
-) -> Tensor:  # mean loss, detached
+) -> Tensor | None:  # mean loss, detached; None: the server has left the batch out
     "Smashed data and labels go up, the gradient at the cut comes down (Thapa et al., 2022)."
+    client = state.clients[i]
     smashed = client.forward(x)  # (3)
     at_server, labels = link.up(smashed=smashed, labels=y)
-    loss, cut_grad = server_step(server, at_server, labels, client.learns, criterion)  # (4)
+    loss, cut_grad = checked_step(state, link.round, i, at_server, labels, client.learns)  # (4)
     if client.learns:
         client.backward(smashed, link.down(cut_grad=cut_grad))  # (5)
     return loss
@@ -168,12 +169,13 @@ def splitfed_round(
 ) -> Metrics:
     "Every step exchanges smashed data for its gradient; then the halves are averaged (Thapa et al., 2022)."
     metrics, many = Metrics(), len(state.servers) > 1
-    step = exchange_step if state.experiment.model.head_cut is None else u_shaped_step
+    u_shaped = state.experiment.model.head_cut is not None
 
     def train_with_server(i: int) -> None:
         client, server, link = state.clients[i], server_of(state, i), ledger.link(rnd, i)
         for s, x, y in state.batches(i, rnd):
-            metrics.loss(i, s, step(client, server, link, x, y, state.criterion))
+            ends = client, server, link, x, y, state.criterion
+            metrics.loss(i, s, u_shaped_step(*ends) if u_shaped else exchange_step(state, i, link, x, y))
 
     if many:
         list(each_client(state, train_with_server))
@@ -194,6 +196,7 @@ U_SHAPED = RoundCost({"client": EACH}, {"exact": EACH}, BOTH_CUTS, BOTH_CUTS, av
 SPLITFED_SS = Algorithm(
     "sl_single_server", splitfed_round, "SplitFed-SS", {"color": "#d55e00", "marker": "*", "linestyle": (0, (1, 1))},
     settings=DriftSettings, order=IN_TURN, cost=SPLITFED, u_shaped=U_SHAPED, own_cuts=True, own_layers=True,
+    checks=True,
 )  # fmt: skip
 SPLITFED_MS = Algorithm(
     "sl_multi_server", splitfed_round, "SplitFed-MS",
@@ -234,7 +237,7 @@ def cse_fsl_round(
 
     for i, s, smashed, labels in arrivals(state, client_steps):
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])  # (4)
+        metrics.loss(i, s, checked_step(state, rnd, i, at_server, labels)[0])  # (4)
     aggregate(state, rnd, ledger, client_model=state.clients, aux_model=state.auxes)  # (6)
     return metrics
 
@@ -246,7 +249,7 @@ CSE_FSL = Algorithm(
         {"with_aux": EACH}, {"server": every("server_update_interval")}, {"smashed": every("server_update_interval")},
         averaged=("client_bytes", "aux_bytes"),
     ),
-    own_cuts=True,
+    own_cuts=True, checks=True,
 )  # fmt: skip
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #e0d038e9
@@ -325,19 +328,24 @@ def joint_round(
     "Every step: all clients' smashed data in one server batch, each one's slice of the gradient back (SGLR, Sec. 2)."
     metrics, config = Metrics(), state.experiment.algorithm
     for s, batches in state.parallel_batches(rnd):
-        smashed = [state.clients[i].forward(x) for i, x, _ in batches]  # (3)
-        arrived = [ledger.link(rnd, i).up(smashed=z, labels=y) for z, (i, _, y) in zip(smashed, batches, strict=True)]
-        at_server, labels = (torch.cat(tensors) for tensors in zip(*arrived, strict=True))
-        samples = {i: len(y) for i, _, y in batches}
+        smashed = {i: state.clients[i].forward(x) for i, x, _ in batches}  # (3)
+        arrived = {i: ledger.link(rnd, i).up(smashed=smashed[i], labels=y) for i, _, y in batches}
+        out = left_out(state, rnd, arrived)
+        kept = {i: upload for i, upload in arrived.items() if i not in out}
+        at_server, labels = (torch.cat(tensors) for tensors in zip(*kept.values(), strict=True))
+        samples = {i: len(y) for i, (_, y) in kept.items()}
         loss, cut_grad = answer(at_server, labels, samples, s)
         slices = cut_grad.split(list(samples.values())) if state.clients_learn else ()  # (14)
         if config.per_client_loss:
             slices = [own * (len(labels) / len(own)) for own in slices]  # (15)
         own = dict(zip(samples, slices, strict=state.clients_learn))
         received = send(own, s) if send else {}
-        for z, i in zip(smashed, own, strict=state.clients_learn):
-            cut_grad = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=own[i])
+        for i, z in smashed.items() if state.clients_learn else ():
+            own_grad = own[i] if i in own else torch.zeros_like(arrived[i][0])
+            cut_grad = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=own_grad)
             state.clients[i].backward(z, cut_grad)  # (5)
+        for i in out:
+            metrics.loss(i, s, None)
         metrics.loss(-1, s, loss)
     return metrics
 
@@ -370,9 +378,9 @@ def sfl_round(
 PSL = Algorithm(
     "psl", psl_round, style={"color": "#ff4dff", "marker": "^", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
     settings=JointSettings, evaluation_models=one_per_client, own_models=True, order=IN_STEP,
-    cost=RoundCost({"client": EACH}, {"exact": EACH}, **EXCHANGE), presets=SGLR_PRESETS,
+    cost=RoundCost({"client": EACH}, {"exact": EACH}, **EXCHANGE), presets=SGLR_PRESETS, checks=True,
 )  # fmt: skip
 SFL = Algorithm(
     "sfl", sfl_round, style={"color": "#000066", "marker": "v", "linestyle": (0, (2, 2))},
-    settings=SflSettings, order=IN_STEP, cost=SPLITFED, presets=SGLR_PRESETS, own_layers=True,
+    settings=SflSettings, order=IN_STEP, cost=SPLITFED, presets=SGLR_PRESETS, own_layers=True, checks=True,
 )  # fmt: skip

@@ -95,8 +95,9 @@ POOLED = RoundCost({"client": EACH}, {"server": PASSES, "target": EACH}, **EXCHA
 CYCLE_PSL = Algorithm(
     "cycle_psl", cycle_psl_round, "CyclePSL", {"color": "#8f8eff", "marker": "+", "linestyle": (0, (2, 1, 5, 1))},
     CyclePslSettings, evaluation_models=one_per_client, own_models=True, order=IN_STEP, cost=POOLED,
+    checks=True,
 )  # fmt: skip
 CYCLE_SFL = Algorithm(
     "cycle_sfl", cycle_sfl_round, "CycleSFL", {"color": "#970e6b", "marker": (7, 1, 0), "linestyle": (0, (7, 2))},
-    CycleSflSettings, order=IN_STEP, cost=POOLED._replace(averaged=("client_bytes",)),
+    CycleSflSettings, order=IN_STEP, cost=POOLED._replace(averaged=("client_bytes",)), checks=True,
 )  # fmt: skip

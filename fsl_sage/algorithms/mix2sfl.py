@@ -96,6 +96,6 @@ def init(
 MIXED = Amount("N", lambda settings, batches: sum(batches) if settings.mix_weight > 0 else 0)
 MIX2SFL = Algorithm(
     "mix2sfl", mix2sfl_round, "Mix2SFL", {"color": "#909634", "marker": (6, 2, 0), "linestyle": (0, (4, 2, 1, 2))},
-    Mix2SflSettings, init, order=IN_STEP,
+    Mix2SflSettings, init, order=IN_STEP, checks=True,
     cost=RoundCost({"client": EACH}, {"exact": EACH, "server": MIXED}, averaged=("client_bytes",), **EXCHANGE),
 )  # fmt: skip

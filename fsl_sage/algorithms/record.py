@@ -103,6 +103,7 @@ class Algorithm(NamedTuple):
     u_shaped: RoundCost | None = None  # the cost if labels stay at the clients (model.head_cut); None: not possible
     own_cuts: bool = False  # its clients may be cut at layers of their own (model.cuts)
     own_layers: bool = False  # its clients may keep layers for themselves (model.own_layers)
+    checks: bool = False  # its server can leave out smashed data (smashed_check)
     asked_once: bool = False  # a client needs no answer within a round, so it may be asked once per round
     alone: bool = False  # there is one client, with all data
     control: bool = False  # not a method, but a control for methods

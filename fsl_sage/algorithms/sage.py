@@ -26,12 +26,13 @@ from ..config.experiment import Experiment
 from ..config.settings import setting
 from ..core import generator, held_memory, memory_of, require, tensor_bytes
 from .base import Metrics, aggregate, arrivals, broadcast, each_client
+from .check import checked_step
 from .state import LocalData, State, example_batch, init_parts, reads_text
 from .state import require_all_in_flight, server_of, trains_on_one
 from .participation import asked_clients
 from ..ledger import Ledger
 from ..networks.cut import evaluated
-from ..networks.part import NextToken, server_step
+from ..networks.part import NextToken
 
 # %% ../../nbs/34_algorithms.sage.ipynb #02a0c02d
 @dataclass(frozen=True)
@@ -274,10 +275,13 @@ def run_round(
     for i, s, smashed, labels in arrivals(state, lambda i: client_steps(state, i, rnd, metrics), waiting=due):
         link, aux, buffer = ledger.link(rnd, i), state.auxes[i], state.buffers[i]
         at_server, labels = link.up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])  # (2)
-        buffer.add(at_server, labels)
+        loss, _ = checked_step(state, rnd, i, at_server, labels)  # (2)
+        metrics.loss(i, s, loss)
+        if loss is not None:
+            buffer.add(at_server, labels)
         if due and s == 0:
-            metrics.alignments.append(align_client(state, i, rnd, target_of(state, i, rnd)))  # (3a), (3b)
+            if len(buffer):  # a first upload may have been left out
+                metrics.alignments.append(align_client(state, i, rnd, target_of(state, i, rnd)))  # (3a), (3b)
             link.down(aux_model=aux)
     aggregate(state, rnd, ledger, client_model=state.clients)  # (5); auxiliary models are not averaged
     return metrics
@@ -294,15 +298,21 @@ def jointly_aligned_round(
 
     def receive(i: int, s: int, smashed: Tensor, labels: Tensor) -> None:
         at_server, labels = ledger.link(rnd, i).up(smashed=smashed, labels=labels)
-        metrics.loss(i, s, server_step(server_of(state, i), at_server, labels, False, state.criterion)[0])  # (2)
-        state.buffers[i].add(at_server, labels)
+        loss, _ = checked_step(state, rnd, i, at_server, labels)  # (2)
+        metrics.loss(i, s, loss)
+        if loss is not None:
+            state.buffers[i].add(at_server, labels)
 
     # Everyone's first upload.
     for i, steps in rounds.items():
         receive(i, *next(steps))
     # One server for all targets; then every auxiliary model for itself.
-    targets = {i: target_of(state, i, rnd) for i in state.present}  # (3a)
-    metrics.alignments = list(each_client(state, lambda i: align_client(state, i, rnd, targets[i])))  # (3b)
+    targets = {i: target_of(state, i, rnd) for i in state.present if len(state.buffers[i])}  # (3a)
+
+    def aligned(i: int) -> list[dict[str, Any]]:
+        return [align_client(state, i, rnd, targets[i])] if i in targets else []
+
+    metrics.alignments = [row for rows in each_client(state, aligned) for row in rows]  # (3b)
     for i in state.present:
         ledger.link(rnd, i).down(aux_model=state.auxes[i])
     # The rest of the round.
@@ -322,6 +332,6 @@ SAGE_COST = RoundCost(
 )  # fmt: skip
 SAGE = Algorithm(
     "fsl_sage", run_round, "FSL-SAGE", {"color": "#029e73", "marker": "X", "linestyle": "-"}, SageSettings, init,
-    auxiliary=GRADIENT, warm_up="cse_fsl", asked_once=True, cost=SAGE_COST, own_cuts=True,
+    auxiliary=GRADIENT, warm_up="cse_fsl", asked_once=True, cost=SAGE_COST, own_cuts=True, checks=True,
     presets={name: fields | SHORT_ALIGNMENT.get(name, {}) for name, fields in PRESETS.items()},
 )  # fmt: skip

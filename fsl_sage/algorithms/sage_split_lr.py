@@ -37,5 +37,5 @@ def init(
 SAGE_SPLIT_LR = Algorithm(
     "sage_split_lr", SAGE.run_round, style={"color": "#85bd76", "marker": (4, 1, 45), "linestyle": (0, (4, 1))},
     settings=SageSplitLrSettings, init=init, auxiliary=SAGE.auxiliary, warm_up=SAGE.warm_up,
-    asked_once=SAGE.asked_once, cost=SAGE.cost, presets=SAGE.presets,
+    asked_once=SAGE.asked_once, cost=SAGE.cost, presets=SAGE.presets, checks=SAGE.checks,
 )  # fmt: skip

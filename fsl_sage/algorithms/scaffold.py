@@ -113,7 +113,7 @@ def scaffold_round(
     ledger: Ledger,
 ) -> Metrics:
     "SplitFed-SS whose clients' steps are corrected by control variates (SCAFFOLD, Algorithm 1)."
-    metrics, (server,), part = Metrics(), state.servers, state.experiment.algorithm.control
+    metrics, part = Metrics(), state.experiment.algorithm.control
     total, changes = sum(map(len, state.data)), {}
     for i in state.present:
         client, link, own = state.clients[i], ledger.link(rnd, i), state.own_controls[i]
@@ -124,7 +124,7 @@ def scaffold_round(
         before, shift, s = trained(client), {name: part * (control[name] - own[name]) for name in own}, -1
         client.correction = Shift(client, shift) if corrected else None  # (1)
         for s, x, y in state.batches(i, rnd):
-            metrics.loss(i, s, exchange_step(client, server, link, x, y, state.criterion))
+            metrics.loss(i, s, exchange_step(state, i, link, x, y))
         client.correction = None
         # 3. c_i becomes the mean of the plain gradients; its change goes up.
         if corrected:
@@ -142,7 +142,7 @@ CONTROL = Amount("", lambda settings, batches: int(settings.control > 0))
 SGD_CLIENTS = {"model.client.optimizer.name": "sgd", "model.client.optimizer.lr": 0.05}
 SCAFFOLD = Algorithm(
     "scaffold", scaffold_round, "SCAFFOLD-SS", {"color": "#702802", "marker": "H", "linestyle": (0, (9, 2, 1, 2))},
-    ScaffoldSettings, init, order=IN_TURN,
+    ScaffoldSettings, init, order=IN_TURN, checks=True,
     cost=RoundCost(
         {"client": EACH}, {"exact": EACH}, {"smashed": EACH, "control": CONTROL},
         {"smashed": EACH, "control": CONTROL}, averaged=("client_bytes",),

@@ -129,7 +129,7 @@ def scala_round(
 # %% ../../nbs/36e_algorithms.scala.ipynb #b864a1b0
 SCALA = Algorithm(
     "scala", scala_round, "SCALA", {"color": "#1f576e", "marker": "x", "linestyle": (0, (3, 2, 3, 1))},
-    ScalaSettings, init, order=SIDE_BY_SIDE, sizes=sizes_in_step,
+    ScalaSettings, init, order=SIDE_BY_SIDE, sizes=sizes_in_step, checks=True,
     cost=RoundCost({"client": EACH}, {"exact": EACH, "answer": EACH}, averaged=("client_bytes",), **EXCHANGE),
     presets={name: fields | {"algorithm.per_client_loss": True} for name, fields in PRESETS.items()},
 )  # fmt: skip

@@ -136,6 +136,7 @@ class State:
     previous: list[int] = field(init=False)  # those of the round before
     averaged: list[str] = field(init=False, default_factory=list)  # kinds of models that the last round averaged
     began: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)  # kind → model at the round's start
+    seen: dict[int, tuple[int, list[float]]] = field(init=False, default_factory=dict)  # see `check.left_out`
     events: Sequence[Any] = field(init=False, default=())  # of this round, where the algorithm's record has a schedule
 
     def __post_init__(self):
@@ -199,7 +200,7 @@ class State:
         epochs = range(self.experiment.model.client.epoch)
         each = ((s, x, y) for s, (x, y) in enumerate(b for epoch in epochs for b in self.data[i].batches(rnd, epoch)))
         hostile = self.experiment.hostile
-        if hostile is None or hostile.of_updates or i not in hostile.clients:
+        if hostile is None or hostile.poisons != "data" or i not in hostile.clients:
             return each
         return poisoned_batches(hostile, each, self.data[i].num_classes, (self.experiment.sampling_seed, i, rnd))
 

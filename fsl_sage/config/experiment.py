@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from .parts import AverageConfig, ClockConfig, CodecsConfig, DatasetConfig, DefenceConfig, HostileConfig
-from .parts import ModelConfig, cut_of_each
+from .parts import ModelConfig, SmashedCheckConfig, cut_of_each
 from .settings import Settings, algorithms, build, check_types, record_of, setting_fields, settings_of
 from ..core import one_of, require
 from ..data.text import LENGTH
@@ -33,7 +33,7 @@ PLUGGED: dict[tuple[str, str], str] = {}  # ("model", its name) → "file@digest
 LATER_FIELDS = {
     "plugins": [], "participation": 1.0, "participation_seed": None, "clock": None, "codec": asdict(CodecsConfig()),
     "defence": asdict(DefenceConfig()),
-    "average": asdict(AverageConfig()), "hostile": None,
+    "average": asdict(AverageConfig()), "hostile": None, "smashed_check": asdict(SmashedCheckConfig()),
     "dataset.size_spread": 0.0,
     "dataset.image_size": None, "dataset.vocabulary": "words", "dataset.seq_len": LENGTH, "dataset.objective": "clm",
     "model.auxiliary.budget_mb": 8.5, "model.cut": None, "model.norm": "batch", "model.head_cut": None,
@@ -107,6 +107,7 @@ class Experiment:
     target_accuracy: float | None = None  # on the test set, in (0, 1]: the run ends once it is reached; None: none
     average: AverageConfig = AverageConfig()  # how models of clients are averaged
     hostile: HostileConfig | None = None  # clients that harm the others, if not None
+    smashed_check: SmashedCheckConfig = SmashedCheckConfig()  # which smashed data the server leaves out
 
     def __post_init__(self):
         _settle(self)
@@ -209,6 +210,7 @@ def _settle_parts(experiment: Experiment) -> None:
     _settle_codec(experiment)
     _settle_defence(experiment)
     _settle_averages(experiment)
+    _settle_check(experiment)
     parts = [("codec", codec.name) for codec in (experiment.codec.smashed, experiment.codec.cut_grad)]
     parts += [("dataset", experiment.dataset.name), ("model", model.name), ("algorithm", name)]
     parts.append(("vocabulary", experiment.dataset.vocabulary))
@@ -231,16 +233,33 @@ def _settle_averages(experiment: Experiment) -> None:
     hostile, record, settings = experiment.hostile, record_of(experiment), experiment.algorithm
     asked = {"average.name": experiment.average.name} if experiment.average.name != "mean" else {}
     if hostile is not None:
-        asked |= {"hostile.attack": hostile.attack}
         most = experiment.num_clients - 1
         require(max(hostile.clients) <= most, "hostile.clients", list(hostile.clients), f"from 0 to {most}")
-        texts = MODELS[experiment.model.name].reads == "text" and not hostile.of_updates
-        require(not texts, "hostile.attack", hostile.attack, "scaled or sign_flip for a network that reads text")
+        texts = MODELS[experiment.model.name].reads == "text" and hostile.poisons == "data"
+        fine = "scaled, sign_flip or an attack on smashed data for a network that reads text"
+        require(not texts, "hostile.attack", hostile.attack, fine)
+        sends = record.cost is not None and "smashed" in record.cost.up
+        fine = f"an attack on models or data for {record.name!r}, whose record prices no smashed data on the way up"
+        require(sends or hostile.poisons != "smashed", "hostile.attack", hostile.attack, fine)
+        asked |= {"hostile.attack": hostile.attack} if hostile.poisons == "models" else {}
     averages = record.cost is not None and bool(record.cost.averaged) and record.schedule is None
     for path, value in asked.items():
         fine = f"left out for {record.name!r}, which has no average of all clients' models in each round"
         require(averages and getattr(settings, "average_every", 1) == 1, path, value, fine)
         require(not experiment.model.cuts, path, value, "left out with model.cuts: the clients' models differ in form")
+
+# %% ../../nbs/25_config.experiment.ipynb #e94b61c8
+def _settle_check(experiment: Experiment) -> None:
+    "Refuse a check of smashed data that an algorithm cannot make, or that has nothing to compare with."
+    record, check, model, n = record_of(experiment), experiment.smashed_check, experiment.model, experiment.num_clients
+    if check.name == "none":
+        return
+    able = ", ".join(name for name, other in algorithms().items() if other.checks)
+    fine = f"none for {record.name!r}; a batch can be left out by the server of {able}"
+    require(record.checks, "smashed_check.name", check.name, fine)
+    require(model.head_cut is None, "smashed_check.name", check.name, "none with model.head_cut: no labels arrive")
+    require(not model.cuts, "smashed_check.name", check.name, "none with model.cuts: what the clients send differs in form")
+    require(n >= 4, "num_clients", n, "at least 4 with smashed_check: a client is compared with three others")
 
 # %% ../../nbs/25_config.experiment.ipynb #1529277f
 def _settle_defence(experiment: Experiment) -> None:

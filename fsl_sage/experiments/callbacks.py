@@ -77,7 +77,8 @@ class Callback:
 # %% ../../nbs/45_experiments.callbacks.ipynb #ce86a6ea
 COLUMNS = (
     "round", "test_accuracy", "test_loss", "val_accuracy", "train_loss", "aux_loss", "paper_bytes", "wire_bytes",
-    "client_lr", "server_lr", "participants", "clock_seconds", "test_perplexity", "released_bytes", *CLIENT_COLUMNS,
+    "client_lr", "server_lr", "participants", "clock_seconds", "test_perplexity", "released_bytes", "left_out",
+    *CLIENT_COLUMNS,
 )  # of `History.rounds`  # fmt: skip
 TAKEN = {*COLUMNS, "label", "hash", *(spec.name for spec in fields(Experiment))}
 

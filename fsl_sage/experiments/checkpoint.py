@@ -151,7 +151,7 @@ def require_kept(
 def _unflatten(tree: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
     ((kind, content),) = [entry for entry in tree.items() if entry[0] != "cpu"]
     if kind == "tensor":
-        return tensors[content] if tree["cpu"] else tensors[content].to(device)
+        return tensors[content].to("cpu" if tree["cpu"] else device, copy=True)
     if kind == "dict":
         return {key: _unflatten(one, tensors, device) for key, one in content}
     parts = [_unflatten(one, tensors, device) for one in content] if kind in ("list", "tuple") else content
@@ -184,6 +184,7 @@ def save_checkpoint(
         "experiment": state.experiment.to_dict(),
         "present": state.present,
         "averaged": state.averaged,
+        "seen": [[client, *own] for client, own in state.seen.items()],
         "progress": asdict(progress),
         "ledger": [[*transfer, n] for transfer, n in Counter(ledger.transfers).items()],
         "rates": [[group["lr"] for group in part.optimizer.param_groups] for part in state.parts],
@@ -240,7 +241,7 @@ def load_checkpoint(
             load_tensors(parts[i], _below(tensors, f"{kind}.{i}."))
     for i, buffer in enumerate(getattr(state, "buffers", ())):
         for name, tensor in _below(tensors, f"buffer.{i}.").items():
-            setattr(buffer, name, tensor.to(device))
+            setattr(buffer, name, tensor.to(device, copy=True))  # a file's tensors may lie across boundaries of memory
     for part, rates, schedule in zip(state.parts, plain["rates"], plain["schedules"], strict=True):
         for group, rate in zip(part.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -251,6 +252,7 @@ def load_checkpoint(
         for _ in range(n):
             ledger.write(Transfer(*transfer))
     state.present, state.averaged = plain.get("present", state.present), plain.get("averaged", [])
+    state.seen = {client: (rnd, values) for client, rnd, values in plain.get("seen", [])}
     for name, value in plain["own"].items():
         setattr(state, name, _unflatten(value, tensors, device))
     return Progress(**plain["progress"])

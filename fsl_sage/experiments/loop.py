@@ -17,6 +17,7 @@ from torch import Tensor
 from ..algorithms.averages import begin_updates
 from ..algorithms.base import Metrics
 from ..algorithms.participation import require_only_present, round_stream, take_part
+from ..algorithms.poison import with_poison
 from ..algorithms.record import Algorithm
 from ..algorithms.state import State
 from ..config.experiment import Experiment
@@ -38,6 +39,7 @@ class Round(NamedTuple):
     client_lr: float  # learning rates of the round
     server_lr: float
     drew: bool  # whether a user's algorithm drew from a global random stream
+    checked: bool  # whether the server has checked smashed data
 
     @property
     def number(self) -> int:
@@ -99,8 +101,9 @@ def rounds(run: Run) -> Iterator[Round]:
     `ValueError` if the algorithm sends something to or from an absent client."""
     state, ledger, record = run.state, run.ledger, record_of(run.state.experiment)
     experiment, attending = state.experiment, iter(run.attending)
-    packing = coders(experiment.codec, experiment.sampling_seed)
-    ledger.coders = shields(experiment.defence, packing, experiment.sampling_seed)
+    seed = experiment.sampling_seed
+    packing = with_poison(experiment.hostile, coders(experiment.codec, seed), seed)
+    ledger.coders = shields(experiment.defence, packing, seed)
     while not is_spent(state.experiment, ledger) and (attendance := next(attending, None)):
         rnd, sent, state.events = attendance.round, len(ledger.transfers), attendance.events
         take_part(state, attendance.clients, rnd, ledger)
@@ -113,7 +116,7 @@ def rounds(run: Run) -> Iterator[Round]:
         rates = state.clients[0].lr, state.servers[0].lr
         if rnd >= 0:
             step_schedules(state)
-        yield Round(attendance, metrics, *rates, drew)
+        yield Round(attendance, metrics, *rates, drew, experiment.smashed_check.name != "none")
 
 # %% ../../nbs/44_experiments.loop.ipynb #0d6895be
 @dataclass(frozen=True)
@@ -162,12 +165,13 @@ def round_row(
     results: dict[str, float],  # of the evaluation
 ) -> dict[str, Any]:  # a row of `History.rounds`
     "The row that a round adds to the history."
+    more = {"left_out": len(made.metrics.left_out)} if made.checked else {}
     return {
         "round": made.number, **results,
         "train_loss": mean_loss(made.metrics, "server"), "aux_loss": mean_loss(made.metrics, "aux"),
         "paper_bytes": ledger.bytes("paper"), "wire_bytes": ledger.bytes("wire"),
         "client_lr": made.client_lr, "server_lr": made.server_lr,
-    } | ({"released_bytes": ledger.bytes("released")} if ledger.beside else {})  # fmt: skip
+    } | more | ({"released_bytes": ledger.bytes("released")} if ledger.beside else {})  # fmt: skip
 
 
 def alignment_rows(
