@@ -258,7 +258,8 @@ def _settle_check(experiment: Experiment) -> None:
     fine = f"none for {record.name!r}; a batch can be left out by the server of {able}"
     require(record.checks, "smashed_check.name", check.name, fine)
     require(model.head_cut is None, "smashed_check.name", check.name, "none with model.head_cut: no labels arrive")
-    require(not model.cuts, "smashed_check.name", check.name, "none with model.cuts: what the clients send differs in form")
+    fine = "none with model.cuts: what the clients send differs in form"
+    require(not model.cuts, "smashed_check.name", check.name, fine)
     require(n >= 4, "num_clients", n, "at least 4 with smashed_check: a client is compared with three others")
 
 # %% ../../nbs/25_config.experiment.ipynb #1529277f
