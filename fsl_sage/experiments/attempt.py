@@ -29,7 +29,7 @@ from .callbacks import Callback, Models, RunStart, StopRun
 from .history import DivergedError, History, StoppedError
 from .callbacks import finish, tell_interrupted, tell_round, telling
 from .setup import set_up
-from .train import Fork, train_state
+from .train import Fork, train
 from ..networks.gpt2 import weights_in
 
 # %% ../../nbs/49_experiments.attempt.ipynb #38b1a975
@@ -243,7 +243,7 @@ def _train_here(
     forget_peak_memory()
     try:
         own: dict[str, Any] = {"callbacks": [extras], "data": data, "checkpoint": checkpoint, "forks": forks}
-        history, _ = train_state(experiment, device, root, progress, **own, **how)
+        history = train(experiment, device, root, progress, **own, **how)
     except DivergedError as error:
         history, place = error.history, aside
         notes |= {"error": str(error)}

@@ -311,6 +311,7 @@ def train(
     callbacks: Sequence[Callback] = (),  # told of each round
     data: str | None = None,  # digest that the data set must have (`digests.data_digest`); None: any
     recorded: bool = False,  # play the steps from CUDA graphs (`12_networks.recording`); needs a GPU
+    forks: Sequence[Fork] = (),  # runs that go on from rounds of this one; get their checkpoints
 ) -> History:
     """Run `experiment`.
 
@@ -322,10 +323,8 @@ def train(
     >>> train(small, device="cpu", progress=False).rounds["paper_bytes"].tolist()
     [4267632]
     """
-    told = train_state(
-        experiment, device, root, progress, in_flight, checkpoint, callbacks=callbacks, data=data, recorded=recorded
-    )
-    return told[0]
+    how: dict[str, Any] = {"callbacks": callbacks, "data": data, "recorded": recorded, "forks": forks}
+    return train_state(experiment, device, root, progress, in_flight, checkpoint, **how)[0]
 
 # %% ../../nbs/46_experiments.train.ipynb #09d3211b
 def selected(
