@@ -47,7 +47,7 @@ def upload_size(
 
 # %% ../../nbs/30d_algorithms.check.ipynb #4b716a8c
 def left_out(
-    state: State,  # its `seen` is changed: client → round, values of its uploads in it
+    state: State,  # its `upload_sizes` are changed: client → round, values of its uploads in it
     rnd: int,  # round
     arrived: Mapping[int, tuple[Tensor, Tensor]],  # client → smashed data, labels: uploads that arrive together
 ) -> list[int]:  # clients, of those in `arrived`
@@ -57,12 +57,12 @@ def left_out(
         if smashed.is_meta:  # between machines a client's place has shapes alone
             continue
         found[i] = upload_size(state, i, smashed, labels)
-        latest, values = state.seen.get(i, (rnd, []))
+        latest, values = state.upload_sizes.get(i, (rnd, []))
         noted = math.inf if math.isnan(found[i]) else found[i]
-        state.seen[i] = rnd, [*(values if latest == rnd else []), noted]
+        state.upload_sizes[i] = rnd, [*(values if latest == rnd else []), noted]
     out = []
     for i, value in found.items():
-        others = [values for j, (_, values) in state.seen.items() if j != i]
+        others = [values for j, (_, values) in state.upload_sizes.items() if j != i]
         if len(others) >= OTHERS and too_large(value, [v for values in others for v in values], check.limit):
             out.append(i)
     return out

@@ -136,7 +136,7 @@ class State:
     previous: list[int] = field(init=False)  # those of the round before
     averaged: list[str] = field(init=False, default_factory=list)  # kinds of models that the last round averaged
     began: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)  # kind → model at the round's start
-    seen: dict[int, tuple[int, list[float]]] = field(init=False, default_factory=dict)  # see `check.left_out`
+    upload_sizes: dict[int, tuple[int, list[float]]] = field(init=False, default_factory=dict)  # see `check.left_out`
     events: Sequence[Any] = field(init=False, default=())  # of this round, where the algorithm's record has a schedule
 
     def __post_init__(self):

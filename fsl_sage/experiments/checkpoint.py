@@ -184,7 +184,7 @@ def save_checkpoint(
         "experiment": state.experiment.to_dict(),
         "present": state.present,
         "averaged": state.averaged,
-        "seen": [[client, *own] for client, own in state.seen.items()],
+        "upload_sizes": [[client, *own] for client, own in state.upload_sizes.items()],
         "progress": asdict(progress),
         "ledger": [[*transfer, n] for transfer, n in Counter(ledger.transfers).items()],
         "rates": [[group["lr"] for group in part.optimizer.param_groups] for part in state.parts],
@@ -252,7 +252,7 @@ def load_checkpoint(
         for _ in range(n):
             ledger.write(Transfer(*transfer))
     state.present, state.averaged = plain.get("present", state.present), plain.get("averaged", [])
-    state.seen = {client: (rnd, values) for client, rnd, values in plain.get("seen", [])}
+    state.upload_sizes = {client: (rnd, values) for client, rnd, values in plain.get("upload_sizes", [])}
     for name, value in plain["own"].items():
         setattr(state, name, _unflatten(value, tensors, device))
     return Progress(**plain["progress"])

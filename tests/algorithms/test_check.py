@@ -50,8 +50,8 @@ def test_of_eight_clients_the_two_that_scale_are_left_out(algorithm):
     both = [(i, s) for i in (2, 5) for s in (0, 1)]
     assert sorted(first.metrics.left_out) == (both if algorithm in IN_STEP else both[2:])
     assert sorted(second.metrics.left_out) == both
-    assert {i: (rnd, len(values)) for i, (rnd, values) in state.seen.items()} == dict.fromkeys(range(8), (1, 2))
-    ((_, honest), (_, scaled)) = state.seen[1], state.seen[2]
+    assert {i: (rnd, len(values)) for i, (rnd, values) in state.upload_sizes.items()} == dict.fromkeys(range(8), (1, 2))
+    ((_, honest), (_, scaled)) = state.upload_sizes[1], state.upload_sizes[2]
     assert all(3 * one < other for one, other in zip(honest, scaled, strict=True))
 
 
@@ -60,8 +60,8 @@ def test_each_decision_by_hand(check):
     """SplitFed-SS: what an upload is compared with is written down here once more."""
     (first, second), state = made(eight("sl_single_server", check, **LIARS | {"smashed_check.limit": 3.0}))
     done = [
-        made(eight("sl_single_server", check, rounds=1, **LIARS | {"smashed_check.limit": 3.0}))[1].seen,
-        state.seen,
+        made(eight("sl_single_server", check, rounds=1, **LIARS | {"smashed_check.limit": 3.0}))[1].upload_sizes,
+        state.upload_sizes,
     ]
     for rnd, row in enumerate((first, second)):
         expected, before = [], [] if rnd == 0 else done[0].items()
@@ -131,8 +131,9 @@ def test_noise_has_the_size_of_smashed_data_and_true_labels():
     assert not first.metrics.left_out
     _, state = made(eight("psl", rounds=1, **noisy))
     _, honest = made(eight("psl", rounds=1))
-    assert state.seen[2][1][0] == pytest.approx(honest.seen[2][1][0], rel=0.1)
-    assert state.seen[2][1] != honest.seen[2][1] and state.seen[1][1][0] == honest.seen[1][1][0] and plain.seen
+    assert state.upload_sizes[2][1][0] == pytest.approx(honest.upload_sizes[2][1][0], rel=0.1)
+    assert state.upload_sizes[2][1] != honest.upload_sizes[2][1]
+    assert state.upload_sizes[1][1][0] == honest.upload_sizes[1][1][0] and plain.upload_sizes
 
 
 @pytest.mark.parametrize("algorithm", ["sl_single_server", "fsl_sage"])
