@@ -332,21 +332,23 @@ def joint_round(
         arrived = {i: ledger.link(rnd, i).up(smashed=smashed[i], labels=y) for i, _, y in batches}
         out = left_out(state, rnd, arrived)
         kept = {i: upload for i, upload in arrived.items() if i not in out}
-        at_server, labels = (torch.cat(tensors) for tensors in zip(*kept.values(), strict=True))
-        samples = {i: len(y) for i, (_, y) in kept.items()}
-        loss, cut_grad = answer(at_server, labels, samples, s)
-        slices = cut_grad.split(list(samples.values())) if state.clients_learn else ()  # (14)
-        if config.per_client_loss:
-            slices = [own * (len(labels) / len(own)) for own in slices]  # (15)
-        own = dict(zip(samples, slices, strict=state.clients_learn))
-        received = send(own, s) if send else {}
+        own: dict[int, Tensor] = {}
+        if kept:
+            at_server, labels = (torch.cat(tensors) for tensors in zip(*kept.values(), strict=True))
+            samples = {i: len(y) for i, (_, y) in kept.items()}
+            loss, cut_grad = answer(at_server, labels, samples, s)
+            slices = cut_grad.split(list(samples.values())) if state.clients_learn else ()  # (14)
+            if config.per_client_loss:
+                slices = [part * (len(labels) / len(part)) for part in slices]  # (15)
+            own = dict(zip(samples, slices, strict=state.clients_learn))
+            metrics.loss(-1, s, loss)
+        received = send(own, s) if send and own else {}
         for i, z in smashed.items() if state.clients_learn else ():
             own_grad = own[i] if i in own else torch.zeros_like(arrived[i][0])
             cut_grad = received[i] if i in received else ledger.link(rnd, i).down(cut_grad=own_grad)
             state.clients[i].backward(z, cut_grad)  # (5)
         for i in out:
             metrics.loss(i, s, None)
-        metrics.loss(-1, s, loss)
     return metrics
 
 # %% ../../nbs/33_algorithms.baselines.ipynb #c0b940b9

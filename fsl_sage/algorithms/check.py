@@ -63,7 +63,8 @@ def left_out(
     out = []
     for i, value in found.items():
         others = [values for j, (_, values) in state.upload_sizes.items() if j != i]
-        if len(others) >= OTHERS and too_large(value, [v for values in others for v in values], check.limit):
+        enough = len(others) >= OTHERS
+        if not math.isfinite(value) or (enough and too_large(value, [v for own in others for v in own], check.limit)):
             out.append(i)
     return out
 

@@ -314,21 +314,20 @@ def train_planned(
     in_flight: int | None = None,  # clients of a run on the device at a time; None: all
 ) -> dict[Experiment, Exception]:  # what failed
     "Train what the figures need and the store does not have. `StoreError` if it cannot be written."
-    asked = [run for figure in figures for run in figure.experiments]
-    needed, root = list(dict.fromkeys(asked)), parameters.get("data_root") or None
+    shown = [run for figure in figures for run in figure.experiments]
+    needed, root = list(dict.fromkeys(shown)), parameters.get("data_root") or None
     if force:
         print(f"{store.set_aside(needed, root)} stored runs moved to {store.root / 'replaced'}")
-    asked_for = dict.fromkeys(run for figure in figures for run in still_needed(figure, store, root))
-    missing = len(asked_for)
-    print(f"{len(figures)} figures show {len(asked)} runs, {len(needed)} different: {len(needed) - missing} stored, "
-          f"{missing} to train", flush=True)  # fmt: skip
+    missing = dict.fromkeys(run for figure in figures for run in still_needed(figure, store, root))
+    print(f"{len(figures)} figures show {len(shown)} runs, {len(needed)} different: "
+          f"{len(needed) - len(missing)} stored, {len(missing)} to train", flush=True)  # fmt: skip
     try:
         models = [run for figure in figures for run in figure.models]
         keep: list[Callback] = [KeepModel(store.root, models)] if models else []
         keep += [Writes(root=root)] if any(map(reads_text, needed)) else []
         keep += [end for figure in figures for end in figure.ends]
         how: dict[str, Any] = {"in_flight": in_flight}
-        return train_missing(store.root, asked_for, parameters["device"], root, True, jobs, keep, **how)
+        return train_missing(store.root, missing, parameters["device"], root, True, jobs, keep, **how)
     except StoreError:
         raise
     except Exception as error:

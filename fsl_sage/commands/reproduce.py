@@ -71,7 +71,7 @@ def train_claims(
     notebooks: Sequence[Path],
     parameters: Mapping[str, Any],
     names: Sequence[str],  # of bundles
-    jobs: int | None,  # runs at a time; None: `runs.default_jobs`
+    jobs: int | None,  # runs at a time; None: `pool.default_jobs`
     force: bool,  # train again what is stored
     in_flight: int | None = None,  # clients of a run on the device at a time; None: all
 ) -> None:

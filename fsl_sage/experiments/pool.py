@@ -156,9 +156,10 @@ def forks_among(
 ) -> dict[Experiment, list[tuple[Experiment, int]]]:  # run → those that begin as it does, each with the common rounds
     "Which of `experiments` can go on from rounds that another of them makes."
     found: dict[Experiment, list[tuple[Experiment, int]]] = {}
+    there = set(experiments)
     for experiment in experiments:
         trunk = trunk_of(experiment)
-        if trunk and trunk[0] in experiments:
+        if trunk and trunk[0] in there:
             found.setdefault(trunk[0], []).append((experiment, trunk[1]))
     return found
 

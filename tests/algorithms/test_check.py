@@ -1,5 +1,6 @@
 """A server that leaves out smashed data that are outliers: which, what follows for its half, and where it cannot."""
 
+import math
 from statistics import median
 
 import pytest
@@ -94,6 +95,22 @@ def test_a_limit_that_nothing_reaches_changes_no_bit(algorithm):
         assert checked.rounds.left_out.tolist() == [0, 0]
         assert checked.rounds.drop(columns="left_out").equals(plain.rounds)
         assert checked.ledger.equals(plain.ledger) and checked.alignments.equals(plain.alignments)
+
+
+@pytest.mark.parametrize("algorithm", CHECKED)
+def test_where_all_are_left_out_the_server_learns_nothing(algorithm):
+    """Clients that have overflowed: no step, zeros as answers, and the next evaluation ends the run as diverged."""
+    state = set_up(eight(algorithm))
+    for client in state.clients:
+        for own in client.model.parameters():
+            own.data.fill_(math.nan)
+    before = {name: own.clone() for name, own in state.servers[0].model.state_dict().items()}
+    attended = attendances(state.experiment, [len(own) for own in state.data])
+    first = next(iter(rounds(Run(state, Ledger(), attended))))
+    assert {i for i, _ in first.metrics.left_out} == set(range(8))
+    after = state.servers[0].model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [loss for loss in first.metrics.losses if loss.at == "server"] == []
 
 
 def test_none_is_the_default_and_in_no_description():
