@@ -311,7 +311,7 @@ def train_planned(
     parameters: Mapping[str, Any],  # of the notebooks; `device` and `data_root` count
     jobs: int,  # runs at a time
     force: bool,  # train again what is stored
-    in_flight: int | None = None,  # clients of a run on the device at a time; None: all
+    **how: Any,  # further arguments of `pool.train_missing`: recorded, in_flight
 ) -> dict[Experiment, Exception]:  # what failed
     "Train what the figures need and the store does not have. `StoreError` if it cannot be written."
     shown = [run for figure in figures for run in figure.experiments]
@@ -326,7 +326,6 @@ def train_planned(
         keep: list[Callback] = [KeepModel(store.root, models)] if models else []
         keep += [Writes(root=root)] if any(map(reads_text, needed)) else []
         keep += [end for figure in figures for end in figure.ends]
-        how: dict[str, Any] = {"in_flight": in_flight}
         return train_missing(store.root, missing, parameters["device"], root, True, jobs, keep, **how)
     except StoreError:
         raise
@@ -389,7 +388,7 @@ def reproduce(
     force: bool = False,  # train again what is stored
     backend: str = "local",  # one of BACKENDS: where the runs are trained
     train: bool = True,  # False: draw what is stored, and say what is missing
-    in_flight: int | None = None,  # as for `train_planned`
+    **how: Any,  # as for `train_planned`
 ) -> bool:  # whether all figures were made
     "Train what figures need, execute their notebooks, print a summary. `ValueError` if one lacks a parameter."
     figures, store = planned(notebooks, parameters, seeds, train), store_of(notebooks[0].parent, parameters)
@@ -397,7 +396,7 @@ def reproduce(
     failed = {}
     if train:
         with machines(backend, here if backend == "local" else jobs) as there:
-            failed = train_planned(figures, store, parameters, there, force, in_flight)
+            failed = train_planned(figures, store, parameters, there, force, **how)
     else:
         draw_only(figures, store)
     done = {figure.notebook: figure for figure in figures if figure.wrong}

@@ -73,12 +73,12 @@ def train_claims(
     names: Sequence[str],  # of bundles
     jobs: int | None,  # runs at a time; None: `pool.default_jobs`
     force: bool,  # train again what is stored
-    in_flight: int | None = None,  # clients of a run on the device at a time; None: all
+    **how: Any,  # as for `figures.train_planned`
 ) -> None:
     "Train the runs of some bundles, in their order; say which failed."
     figures, store = list(claimed(notebooks, parameters, names).values()), store_of(notebooks[0].parent, parameters)
     jobs = jobs or default_jobs(parameters["device"])
-    for run, error in train_planned(figures, store, parameters, jobs, force, in_flight).items():
+    for run, error in train_planned(figures, store, parameters, jobs, force, **how).items():
         print(f"run {run.hash} ({label(run)}, seed {run.seed}) FAILED  {error}".splitlines()[0])
 
 # %% ../../nbs/92_commands.reproduce.ipynb #485f8f08
@@ -119,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, metavar="N", help="runs and notebooks at a time (default: one per core, up to 6 on a GPU)")
     add("--in-flight", type=int, metavar="N", help="clients of a run on the device at a time, the others wait on disk "
         "(default: all); less memory, the same numbers. Runs whose clients step together refuse it")  # fmt: skip
+    add("--recorded", action="store_true",
+        help="play the steps from CUDA graphs: faster, but not the same to the last bit; needs a GPU")
     add("--backend", default="local", choices=BACKENDS,
         help="where runs are trained: local (this machine, the default), ray (a cluster; needs fsl_sage[ray])")
     add("--force", action="store_true",
@@ -210,7 +212,9 @@ def _run(
     if args.list:
         print("\n".join(path.stem for path in notebooks))
         return 0
-    choose_device(args.device)
+    device = choose_device(args.device)
+    fine = f"left out on {device.type}: CUDA graphs need a GPU"
+    require(not args.recorded or device.type == "cuda", "--recorded", True, fine)
     given, seeds, train = _given(args, folder), args.seeds, not args.no_train
     check_preset(notebooks, given["preset"])
     if args.estimate:
@@ -222,14 +226,15 @@ def _run(
         return 0
     gallery = Path(given["gallery"])
     gallery.mkdir(parents=True, exist_ok=True)
+    how = {"in_flight": args.in_flight, "recorded": args.recorded}
     if args.claims and train and not args.texts:
-        train_claims(notebooks, given, args.claims, args.jobs, args.force, args.in_flight)
+        train_claims(notebooks, given, args.claims, args.jobs, args.force, **how)
     work: list[tuple[Any, ...]]
     if args.claims:  # draw what there is
         work = [([path], given, claim_seeds(path.stem), args.jobs, False, args.backend, False) for path in notebooks]
     else:
-        work = [(notebooks, given, seeds, args.jobs, args.force, args.backend, train, args.in_flight)]
-    made = [] if args.texts else [reproduce(*one) for one in work]
+        work = [(notebooks, given, seeds, args.jobs, args.force, args.backend, train)]
+    made = [] if args.texts else [reproduce(*one, **how) for one in work]
     return 0 if _pages(gallery, folder) and all(made) else 1
 
 # %% ../../nbs/92_commands.reproduce.ipynb #341f5cfb

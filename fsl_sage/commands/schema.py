@@ -26,6 +26,7 @@ class Options:
     save: bool = False  # keep the trained model, for `fsl-sage export`
     resume: bool = True  # go on from the checkpoint of a run that was interrupted
     in_flight: int | None = None  # clients on the device at a time, the others wait on disk (null: all); same numbers
+    recorded: bool = False  # play the steps from CUDA graphs: faster, but not the same to the last bit; needs a GPU
     log: list[str] = field(default_factory=list)  # tensorboard, wandb: log=[tensorboard]
     plugins: list[str] = field(default_factory=list)  # files with parts of your own: plugins=[my.py]
     data_root: str | None = None  # folder with data sets (default: FSL_SAGE_DATA, else the user's cache)

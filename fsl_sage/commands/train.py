@@ -37,15 +37,15 @@ def train_job(
     name = store.folder(job.experiment, options.data_root).name
     keep = [KeepModel(store.root)] if options.save else []
     where = options.device, options.data_root, progress, 1
-    fewer: dict[str, Any] = {"in_flight": options.in_flight}
+    how: dict[str, Any] = {"in_flight": options.in_flight, "recorded": options.recorded}
     if not options.resume:
         remove(checkpoint_of(store.root, name))
     if (stored := store.find(job.experiment, options.data_root)) is None:
-        store.get([job.experiment], *where, [*keep, *(LOGGERS[logger](store.root) for logger in options.log)], **fewer)
+        store.get([job.experiment], *where, [*keep, *(LOGGERS[logger](store.root) for logger in options.log)], **how)
     elif keep and not model_of(store.root, name).exists():
         print(f"run {name} is stored without its model: trained again to keep it", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            (again,) = RunStore(folder).get([job.experiment], *where, [KeepModel(folder)], **fewer)
+            (again,) = RunStore(folder).get([job.experiment], *where, [KeepModel(folder)], **how)
             same = again.rounds.equals(stored.rounds)
             require(same, "save", True, f"left out: trained again, run {name} has other numbers (its data, another "
                     "machine or another version), and its model would not be that of the stored run. "
@@ -196,7 +196,7 @@ def swallowed(
     jobs: Sequence[Job],  # whose runs are stored
 ) -> list[str]:  # words
     "The words that say how to train, which have no effect on these runs."
-    names = "log", "device", "resume", "in_flight"
+    names = "log", "device", "resume", "in_flight", "recorded"
     words = [word for job in jobs for word in job.words if word.partition("=")[0] in names]
     return list(dict.fromkeys(words))
 

@@ -105,6 +105,7 @@ class RunStore(StoredRuns):
         jobs: int | None = None,  # runs at a time, each in a process of its own; None: `default_jobs`
         callbacks: Sequence[Callback] = (),  # told of the rounds that are trained; each process has its own copies
         in_flight: int | None = None,  # clients of a run on the device at a time; None: all
+        recorded: bool = False,  # play the steps from CUDA graphs; needs a GPU
     ) -> list[History]:  # one per experiment, in their order
         "The runs of `experiments`, trained if missing. If some fail, the others are stored; raises the first error."
         experiments = list(experiments) if isinstance(experiments, Iterator) else experiments  # read more than once
@@ -113,7 +114,7 @@ class RunStore(StoredRuns):
         digests = RunDigests(root)
         histories = [self._find(experiment, digests) for experiment in experiments]  # a damaged run is reported first
         if any(history is None for history in histories):
-            how: dict[str, Any] = {"in_flight": in_flight}
+            how: dict[str, Any] = {"in_flight": in_flight, "recorded": recorded}
             failed = train_missing(self.root, experiments, device, root, progress, jobs, callbacks, **how)
             _raise_first(list(failed.values()), len(experiments))
             digests = RunDigests(root)  # what was missing has been downloaded
