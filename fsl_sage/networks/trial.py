@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .auxiliary import estimate_cut_grad
 from ..core import generator, random_stream
 from .cut import SplitModel, blamed
-from .layout import fast_layout
+from .layout import fast_layout, fast_twice
 
 # %% ../../nbs/22_networks.trial.ipynb #2f768b83
 WORDS = {"client": "the client's half", "server": "the server's half", "aux": "the auxiliary model"}
@@ -153,7 +153,9 @@ def try_parts(
         _require_copyable(part, kind, who[kind == "aux"])
     drawing = attempt(deepcopy(parts))
     try:
-        attempt(fast_layout(deepcopy(parts)))
+        fast = fast_layout(deepcopy(parts))
+        fast_twice(fast[2:])  # the auxiliary model, if there is one
+        attempt(fast)
     except ValueError:
         return Trial(frozenset(drawing), fast=False)
     return Trial(frozenset(drawing))
