@@ -25,7 +25,7 @@ from ..config.settings import Settings
 from ..core import one_of, require
 from ..data.files import Arrays
 from ..data.sources import HALF, KNOWN, MADE, Known
-from .digests import OPENERS
+from .digests import unlisten
 from .origins import FILES, LOADING, UNDO, Carried, home_of, tag_of
 from ..data.vocabulary import VOCABULARIES, Vocabulary
 from ..networks.auxiliary import AUXILIARIES, usual_auxiliary
@@ -73,8 +73,7 @@ def forget(
         UNDO.pop(key)()
         del PLUGGED[key]
     for tag in [tag for tag, source in FILES.items() if source.home == home]:
-        for file in FILES.pop(tag).files:
-            OPENERS.pop(file, None)
+        unlisten(tag, FILES.pop(tag).files)
     for finder in [finder for finder in sys.meta_path if isinstance(finder, Carried) and finder.source.home == home]:
         sys.meta_path.remove(finder)
         finder.purge()

@@ -409,6 +409,23 @@ def test_a_run_whose_weights_change_on_the_way_is_no_other_run(file, tmp_path):
     assert store.find(experiment) is None
 
 
+def test_a_plugin_in_another_folder_reads_the_files_there(tmp_path):
+    """The same text has the same tag; what the first one read must not count for the second."""
+    source, store = WEIGHTS.format(*READERS["text"]), RunStore(tmp_path / "runs")
+    data, names = [], []
+    for place, value in ("here", 0.1), ("there", -0.2):
+        folder = tmp_path / place
+        folder.mkdir()
+        put_weights(folder, value)
+        (folder / "own.py").write_text(source)
+        load_plugins([folder / "own.py"], installed=False)
+        experiment = preset("smoke", "fed_avg", **SMALL | {"model.name": "begun"})
+        data += [history.data for history in store.get([experiment], "cpu", progress=False, jobs=1)]
+        names.append(store.folder(experiment).name)
+        plugins.forget(str(folder / "own.py"))
+    assert data[0] != data[1] and names[0] != names[1]
+
+
 def test_ordinary_plugins_have_the_digest_of_their_data(file, tmp_path):
     load_plugins([file(FLAT)], installed=False)
     experiment = preset("smoke", "fed_avg", **SMALL | {"model.name": "flat"})
