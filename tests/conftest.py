@@ -1,11 +1,15 @@
 """What all tests have: one thread, a browser, the areas of attacks. What they import is in `tests.support`."""
 
+import os
 import shutil
 
 import pytest
-import torch
 
 from tests.support.attacks import AREAS
+
+# Here and in each process that a test starts, read when PyTorch is imported: sums do not depend on the machine's cores,
+# and tests side by side do not fight for them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -16,12 +20,6 @@ def pytest_collection_modifyitems(items):
             if area not in AREAS:
                 raise pytest.UsageError(f"{item.nodeid}: attack({area!r}): must be one of {', '.join(AREAS)}")
             item.user_properties.append(("attack", area))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def threads():
-    """One thread: sums do not depend on the machine's cores, and the workers of pytest-xdist do not fight for them."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

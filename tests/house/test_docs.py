@@ -21,7 +21,7 @@ from tests.support import ROOT
 NOTEBOOKS = [path for folder in ("nbs", "nbs/tutorials", "figures") for path in sorted((ROOT / folder).glob("*.ipynb"))]
 PACKAGE = ROOT / "fsl_sage"
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("[a-z]*.py"))
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

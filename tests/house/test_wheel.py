@@ -16,7 +16,7 @@ import pytest
 from tests.support import ROOT
 
 UV = Path(sys.executable).parent / "uv"
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.slow
 
 
 def run(*command, cwd):
