@@ -1,8 +1,9 @@
 """What another process on the same cores does to a round: seconds alone and beside it.
 
 `python benchmarks/busy.py`. The other process trains with as many threads as the measured one. PyTorch's threads wait
-for each other by asking again and again (OpenMP's default), or asleep (`OMP_WAIT_POLICY=passive`, which must be set
-before Python starts): both are measured, each in a process of its own.
+for each other by asking again and again (OpenMP's default: for some milliseconds), for some microseconds
+(`GOMP_SPINCOUNT`, which the package sets), or asleep (`OMP_WAIT_POLICY=passive`). Each must be set before PyTorch is
+imported, so each is measured in a process of its own, which imports PyTorch before the package.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from fsl_sage.config.presets import preset
 from fsl_sage.core import choose_device
 from fsl_sage.experiments.provenance import provenance
 
-WAITING = ("default", "passive")
+WAITING = {"default": {}, "short": {"GOMP_SPINCOUNT": "3000"}, "passive": {"OMP_WAIT_POLICY": "passive"}}
 CLIENTS, BATCHES, WIDTH, PASSES = 4, 5, 32, 5  # of a round; a client sends every fifth batch
 
 
@@ -59,8 +60,8 @@ def beside(args: argparse.Namespace) -> None:
 
 def started(role: str, waiting: str, args: argparse.Namespace) -> subprocess.Popen:
     """This program again, in that role, its threads waiting in that way."""
-    own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
-    own |= {"OMP_WAIT_POLICY": waiting} if waiting != "default" else {}
+    ours = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
+    own = {name: value for name, value in os.environ.items() if name not in ours} | WAITING[waiting]
     words = [role, "--threads", str(args.threads), "--repeats", str(args.repeats), "--batch-size", str(args.batch_size)]
     command = [sys.executable, str(Path(__file__)), *words, "--only", *args.only]
     return subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True)
@@ -92,12 +93,13 @@ def main() -> None:
     add("--repeats", type=int, default=3, help="how often each round is timed (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="samples of a batch (default: %(default)s)")
     add("--only", nargs="+", default=list(DEFAULT), choices=list(ALGORITHMS), help="algorithms")
+    add("--waiting", nargs="+", default=list(WAITING), choices=list(WAITING), help="how threads wait (default: all)")
     add("--out", type=Path, default=HERE / "results", help="folder for busy.csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.role != "compare":
         return {"measured": measured, "beside": beside}[args.role](args)
-    rows = [row for waiting in tqdm(WAITING, "ways to wait", leave=False) for row in both(waiting, args)]
+    rows = [row for waiting in tqdm(args.waiting, "ways to wait", leave=False) for row in both(waiting, args)]
     print(table(rows))
     made = provenance(choose_device("cpu"))
     where = {"device": made["device_name"], "torch": made["torch"], "finished": made["finished"]}

@@ -1,6 +1,12 @@
 """Federated split learning: FSL-SAGE and SGLR, to understand, reproduce and extend. `import fsl_sage` loads no torch."""
 
+import os as _os
 from importlib import import_module as _import_module
+
+# The threads of an operation wait for each other by asking again and again, by default for milliseconds: beside another
+# process most of the time is lost so (docs/speed.md). OpenMP reads this when PyTorch is imported.
+if "OMP_WAIT_POLICY" not in _os.environ:
+    _os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0"
 

@@ -62,7 +62,7 @@ def fast_layout(
             layer.__class__ = SmallMapConv2d
     return channels_last(model)
 
-# %% ../../nbs/15_networks.layout.ipynb #c7a1e5d3
+# %% ../../nbs/15_networks.layout.ipynb #c7a1e5e0
 def _channels(values: Tensor) -> Tensor:
     "A value per channel, in the shape (channel, 1, 1)."
     return values[:, None, None]
@@ -73,7 +73,7 @@ def _pulled_back(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tenso
     unused = None, None  # running statistics, which count in evaluation only
     return torch.ops.aten.native_batch_norm_backward(grad, x, weight, *unused, mean, r, True, 0.0, [True] * 3)  # (1)
 
-
+# %% ../../nbs/15_networks.layout.ipynb #c7a1e5e1
 class _Backward(Function):
     "BatchNorm's backward pass, and its derivative."
 
@@ -91,21 +91,21 @@ class _Backward(Function):
         grad, x, weight, mean, r, *sums = ctx.saved_tensors
         count, v = x.numel() // len(weight), torch.zeros_like(x) if v is None else v
         to_grad, *more = _pulled_back(v, x, weight, mean, r)  # (2)
-        b, a, q, p = torch.stack([*sums, *more]) / count
+        b, a, q, u = torch.stack([*sums, *more]) / count
         bq, scale = b * q, weight * r * r
-        t = (v * grad.to(r.dtype)).mean((0, 2, 3)).addcmul_(a, p, value=-1) - bq
-        on_v, on_grad, on_x = scale * b, scale * q, scale * r * (t - 2 * bq)
+        s = (v * grad.to(r.dtype)).mean((0, 2, 3)).addcmul_(a, u, value=-1) - bq
+        on_v, on_grad, on_x = scale * b, scale * q, scale * r * (s - 2 * bq)
         if of_weight is not None:  # the weight's gradient M b has the derivatives x̂ and, as (1), r (g - a - b x̂)
             to_grad = to_grad + _channels(of_weight * r) * (x - _channels(mean))
             on_grad, on_x = on_grad - of_weight * r, on_x + of_weight * r * r * b
         if of_bias is not None:
             to_grad = to_grad + _channels(of_bias)
-        to_x = _channels((on_v * p).addcmul_(on_grad, a).addcmul_(on_x, mean))  # less a mean of zero
+        to_x = _channels((on_v * u).addcmul_(on_grad, a).addcmul_(on_x, mean))  # less a mean of zero
         for per_channel, of_map in (on_v, v), (on_grad, grad), (on_x, x):  # (3)
             to_x = torch.addcmul(to_x, _channels(per_channel), of_map, value=-1)
-        return to_grad.to(grad.dtype), to_x.to(x.dtype), count * r * t, None, None  # (4)
+        return to_grad.to(grad.dtype), to_x.to(x.dtype), count * r * s, None, None  # (4)
 
-
+# %% ../../nbs/15_networks.layout.ipynb #c7a1e5e2
 class _Normalise(Function):
     "BatchNorm with the statistics of its batch."
 
@@ -121,7 +121,7 @@ class _Normalise(Function):
         "The gradients of map, weight and bias."
         return *_Backward.apply(grad, *ctx.saved_tensors), None, None, None, None, None
 
-
+# %% ../../nbs/15_networks.layout.ipynb #c7a1e5e3
 class TwiceBatchNorm2d(nn.BatchNorm2d):
     "BatchNorm that trains with fewer operations in its second derivative. The numbers stay the same, but for rounding."
 

@@ -201,7 +201,7 @@ def test_in_one_session_weights_and_biases_go_on_after_ctrl_c(tmp_path, monkeypa
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     experiment, path = tiny("fed_avg"), tmp_path / "run.safetensors"
-    mine = wandb.init(project="mine", dir=str(tmp_path / "mine"), id="mine")
+    mine = wandb.init(project="mine", dir=str(tmp_path / "mine"), id="mine", mode="offline")
     for others in [Ends(1, KeyboardInterrupt)], []:
         try:
             callbacks = [WandB(tmp_path), *others]

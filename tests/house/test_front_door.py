@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import subprocess
 import sys
 
@@ -27,6 +28,16 @@ def test_importing_the_package_loads_no_torch():
     code = "import sys, fsl_sage; dir(fsl_sage); fsl_sage.__version__; print([m for m in sys.modules if 'torch' in m])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(("given", "found"), [
+    ({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None),
+])  # fmt: skip
+def test_threads_sleep_after_microseconds_unless_the_user_says_how_they_wait(given, found):
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os, fsl_sage; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain | given)
+    assert done.stdout.strip() == str(found)
 
 
 @pytest.mark.parametrize("name", NAMES)
