@@ -182,10 +182,11 @@ def small_qwen(vocabulary, width, blocks, heads, context):
 class Letters:
     def __init__(self, texts, root):
         self.letters = sorted({letter for text in texts for letter in text})
+        self.tokens = {letter: token for token, letter in enumerate(self.letters, 2)}
         self.size, self.end = len(self.letters) + 2, 1
 
     def encode(self, text):
-        return [self.letters.index(letter) + 2 for letter in text if letter in self.letters]
+        return [self.tokens[letter] for letter in text if letter in self.tokens]
 
     def decode(self, tokens):
         return "".join(self.letters[token - 2] for token in tokens if token > 1)
