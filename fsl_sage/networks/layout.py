@@ -129,6 +129,7 @@ class TwiceBatchNorm2d(nn.BatchNorm2d):
         "(batch, channel, height, width), also of the result"
         if not self.training or x.numel() <= self.num_features:  # one value has no variance: PyTorch says so
             return super().forward(x)
+        self._check_input_dim(x)
         self.num_batches_tracked += 1
         statistics = self.running_mean, self.running_var
         return _Normalise.apply(x, self.weight, self.bias, *statistics, True, self.momentum, self.eps)
