@@ -9,6 +9,7 @@ import torch
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.config.presets import preset
 from fsl_sage.costs.clock import Attendance, attendances
+from fsl_sage.experiments.history import DivergedError
 from fsl_sage.experiments.loop import Run, rounds
 from fsl_sage.experiments.setup import set_up
 from fsl_sage.experiments.train import train
@@ -99,7 +100,7 @@ def test_a_limit_that_nothing_reaches_changes_no_bit(algorithm):
 
 @pytest.mark.parametrize("algorithm", CHECKED)
 def test_where_all_are_left_out_the_server_learns_nothing(algorithm):
-    """Clients that have overflowed: no step, zeros as answers, and the next evaluation ends the run as diverged."""
+    """Clients that have overflowed: no step of the server."""
     state = set_up(eight(algorithm))
     for client in state.clients:
         for own in client.model.parameters():
@@ -111,6 +112,12 @@ def test_where_all_are_left_out_the_server_learns_nothing(algorithm):
     after = state.servers[0].model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [loss for loss in first.metrics.losses if loss.at == "server"] == []
+
+
+@pytest.mark.parametrize("algorithm", ["sl_single_server", "fsl_sage", "scala", "mix2sfl"])
+def test_clients_that_overflow_end_the_run_at_its_next_evaluation(algorithm):
+    with pytest.raises(DivergedError, match="test loss is nan after round 0"):
+        train(eight(algorithm, **{"model.client.optimizer.lr": 1e30}), "cpu", progress=False)
 
 
 def test_none_is_the_default_and_in_no_description():
