@@ -15,7 +15,8 @@ from typing import Any
 
 from .parts import AverageConfig, ClockConfig, CodecsConfig, DatasetConfig, DefenceConfig, HostileConfig
 from .parts import ModelConfig, SmashedCheckConfig, cut_of_each
-from .settings import Settings, algorithms, build, check_types, record_of, setting_fields, settings_of
+from .settings import Settings, algorithms, build, check_types, hints_of, record_of
+from .settings import setting_fields, settings_of
 from ..core import one_of, require
 from ..data.text import LENGTH
 from ..networks.auxiliary import AUXILIARIES, FIRST_LAYERS
@@ -332,7 +333,7 @@ def _put(
     "Write `value` at `path`. `ValueError` if there is no such field."
     name, _, rest = path.partition(".")
     settings = {field: hint for field, (hint, _) in setting_fields().items()} if kind is Settings else {}
-    known = settings or typing.get_type_hints(kind)
+    known = settings or hints_of(kind)
     below = _dataclass_in(known[one_of(above + path, name, settings or tree)])
     require(not rest or below is not None, above + path, value, f"left out: {name!r} has no fields")
     if below and (rest or isinstance(value, dict)):
