@@ -8,6 +8,7 @@ from fsl_sage.algorithms.participation import take_part
 from fsl_sage.algorithms.state import FixedData
 from fsl_sage.config.presets import preset
 from fsl_sage.config.settings import algorithms
+from fsl_sage.costs import table
 from fsl_sage.costs.clock import attendances, order_of
 from fsl_sage.costs.table import CountFlops, costs_of
 from fsl_sage.ledger import Ledger
@@ -38,8 +39,7 @@ def rounds_of(experiment, state, ledger, sizes):
         yield attendance, ledger.bytes("paper") - before, counter.flops
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
-@pytest.mark.parametrize("n", [1, 2, 10])
+@pytest.mark.parametrize(("n", "share"), [(1, 1.0), (2, 0.5), (10, 0.5)])
 @pytest.mark.parametrize("name", PRICED)
 def test_a_record_prices_the_bytes_of_a_real_round(name, n, share):
     """With short last batches, and clients that come back after an absence."""
@@ -69,3 +69,29 @@ def test_every_algorithm_has_words_for_its_cost():
         assert set(words) == {"client", "server", "up", "down"} and (words["client"] or record.cost is None), name
     assert LABELS["fsl_sage"] == "FSL-SAGE"
     assert order_of(preset("smoke", "psl"), 0) == "in step"
+
+
+@pytest.mark.parametrize("mask", [(True, True, True), (False, True, True), (True, False, False)])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6)])
+def test_the_shapes_of_batch_norm_are_those_that_pytorch_finds(shape, mask):
+    x, (weight, bias) = torch.empty(shape, device="meta"), torch.empty(2, 3, device="meta")
+    forward, backward = table.aten.native_batch_norm.default, table.aten.native_batch_norm_backward.default
+    how = x, weight, bias, None, None, True, 0.1, 1e-5
+    out, mean, scale = forward(*how)
+    back = torch.empty_like(out), x, weight, None, None, mean, scale, True, 1e-5, mask
+    ours, theirs = table.LIGHT[backward](*back), backward(*back)
+    assert tuple(gradient is not None for gradient in ours) == mask
+    pairs = [*zip(table.LIGHT[forward](*how), (out, mean, scale), strict=True)]
+    pairs += [both for both in zip(ours, theirs, strict=True) if both[0] is not None]
+    for own, other in pairs:
+        assert (own.shape, own.dtype, own.device) == (other.shape, other.dtype, other.device)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_counts_are_those_without_a_short_way_through_batch_norm(norm, monkeypatch):
+    """Also of an alignment, which passes through the auxiliary model's BatchNorm twice."""
+    changes = {"model.name": "resnet18", "model.width": 4, "model.norm": norm}
+    _, state, _ = federation("fsl_sage", 1, [4], **changes)
+    short = costs_of(state)
+    monkeypatch.setattr(table, "LIGHT", {})
+    assert costs_of(state) == short and short.alignment > short.estimate > 0
