@@ -13,6 +13,7 @@ from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.experiments.plugin_files import load_plugins
 from fsl_sage.experiments.plugins import forget
 from fsl_sage.experiments.train import train
+from fsl_sage.machines import placed
 from fsl_sage.machines.flower import GridExchange, opened
 from fsl_sage.machines.mail import Question
 from fsl_sage.machines.messages import MessageError, check, check_numbers, decode, encode
@@ -99,6 +100,21 @@ def test_clients_that_are_asked_end_with_the_history_of_the_simulation(algorithm
     assert_same(train(experiment, "cpu", progress=False), ask_clients(experiment, clients, tmp_path / "server"))
     twice = {0, 2} if ALGORITHMS[algorithm].cost.aligned else set()  # rounds with alignment
     assert clients.asked == {(rnd, i): 1 + (rnd in twice) for rnd in range(-1, 3) for i in range(2)}
+
+
+def test_a_shape_is_found_once_for_all_copies_of_a_network(tmp_path, monkeypatch):
+    """Though a client sets up its parts for each question, and the server one part per client."""
+    find, found = placed._shape_of, []
+
+    def counted(model, x):
+        found.append((sum(p.numel() for p in model.parameters()), x.shape))
+        return find(model, x)
+
+    monkeypatch.setattr(placed, "_shape_of", counted)
+    placed.known_shapes.cache_clear()
+    experiment = small("fsl_sage")
+    ask_clients(experiment, Clients(experiment, tmp_path), tmp_path / "server")
+    assert len(found) == len(set(found)) > 2
 
 
 PACKED = {
