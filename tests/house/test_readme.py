@@ -76,7 +76,7 @@ PROMISES = {  # words of README → what holds them
     "the published 2.613, 40.078 and 8.029 MiB": "nbs/20_networks.zoo.ipynb::== 2.613",
     "SGLR's Table 6 follows from the ledger": "test_sglr.py::test_ledger_is_table_6",
     "**Same seed, same history**": "test_properties.py::test_same_seed_same_history",
-    "also when a run is killed and resumed": "test_runs.py::test_killed_ten_times_the_history_is_the_same",
+    "also when a run is killed and resumed": "test_runs.py::test_killed_many_times_the_history_is_the_same",
     "trains *one shared* upper half": "test_properties.py::test_shared_server_is_another_algorithm",
     "`DEVICE=cpu|cuda|auto`": "Makefile::--device $(DEVICE)",
     "as a site that needs no network": "test_docs.py::test_pages_load_nothing_from_a_network",

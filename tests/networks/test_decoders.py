@@ -203,9 +203,10 @@ def plugged(tmp_path):
 
 
 def small(algorithm, **changes):
+    short = {"algorithm.align_epochs": 2} if algorithm == "fsl_sage" else {}
     return Experiment(num_clients=1 if algorithm == "centralised" else 2, rounds=2).replace(**{
         "dataset.name": "restaurants", "dataset.max_train": 24, "dataset.max_test": 8, "model.name": "small_qwen",
-        "model.width": 16, "model.client.batch_size": 8, "algorithm.name": algorithm, **changes,
+        "model.width": 16, "model.client.batch_size": 8, "algorithm.name": algorithm, **short, **changes,
     })  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def main(store: Path, n: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | here)
     nodes = [cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)]
     os.environ["RAY_ADDRESS"], lost = cluster.address, []
-    smaller = {"rounds": 24, "dataset.max_train": 300}
+    smaller = {"rounds": 16, "dataset.max_train": 300}
     experiments = [preset("smoke", "sl_single_server", seed=seed, **smaller) for seed in range(n)]
     threading.Thread(target=lose_a_worker, args=(cluster, nodes, store, lost), daemon=True).start()
     with machines("ray", None) as jobs:
