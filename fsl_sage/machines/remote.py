@@ -62,8 +62,9 @@ def parts_here(
     name: str,  # clients, servers or auxes
 ) -> list[Placed]:
     "The parts of one kind, placed: copies of one network, since clients between machines have no cuts of their own."
-    shapes = known_shapes(state.experiment.hash, name)
-    return [placed(part, shapes) for part in getattr(state, name)]
+    parts = getattr(state, name)
+    known = [known_shapes(state.experiment.hash, name, str(part.model)) for part in parts[:1]]  # layers and code
+    return [placed(part, *known) for part in parts]
 
 
 def take_places(
