@@ -174,9 +174,9 @@ def schema(
 
 @functools.cache
 def _schema(kind: type, leave_out: tuple[str, ...], settings: tuple[type, ...]) -> type:
-    from fsl_sage.config.settings import Settings, setting_fields
+    from fsl_sage.config.settings import Settings, hints_of, setting_fields
 
-    hints, specs = typing.get_type_hints(kind), []
+    hints, specs = hints_of(kind), []
     known = setting_fields() if kind is Settings else {spec.name: (hints[spec.name], spec) for spec in fields(kind)}
     for hint, spec in known.values():
         below = _dataclass_in(hint)

@@ -61,10 +61,9 @@ def parts_here(
     state: State,  # as the algorithm sets it up
     name: str,  # clients, servers or auxes
 ) -> list[Placed]:
-    "The parts of one kind, placed: copies of one network, since clients between machines have no cuts of their own."
-    parts = getattr(state, name)
-    known = [known_shapes(state.experiment.hash, name, str(part.model)) for part in parts[:1]]  # layers and code
-    return [placed(part, *known) for part in parts]
+    "The parts of one kind, placed. They share what is known of networks with the same layers and code."
+    run = state.experiment.hash
+    return [placed(part, known_shapes(run, name, str(part.model))) for part in getattr(state, name)]
 
 
 def take_places(

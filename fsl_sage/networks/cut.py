@@ -321,7 +321,7 @@ def cut_layers(
     ['0', '1']
     """
     require(isinstance(module, nn.Module), "module", module, "a torch.nn.Module")
-    if not any(True for _ in module.children()):
+    if not list(module.children()):
         return []
     try:
         graph = _trace(module, "")
