@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config.parts import HostileConfig
 from ..core import generator
+from ..ledger import AS_IT_IS, Packing
 
 # %% ../../nbs/28b_algorithms.poison.ipynb #1f337fb9
 def poisoned_batches(
@@ -67,7 +68,7 @@ class PoisonedSmashed:
 
     hostile: HostileConfig
     seed: int  # of the run's draws
-    inner: Any = None  # the coder that packs it; None: it is sent as it is
+    inner: Packing = AS_IT_IS  # what packs it
 
     def pack(
         self,
@@ -78,7 +79,7 @@ class PoisonedSmashed:
         "What is sent in a tensor's place."
         if client in self.hostile.clients and not value.is_meta:
             value = self._changed(value.detach(), rnd, client)
-        return {"": value} if self.inner is None else self.inner.pack(value, rnd, client)
+        return self.inner.pack(value, rnd, client)
 
     def _changed(self, value: Tensor, rnd: int, client: int) -> Tensor:
         if self.hostile.attack == "smashed_scaled":
@@ -93,7 +94,7 @@ class PoisonedSmashed:
         client: int,
     ) -> Tensor:  # as `like`
         "What the receiver has."
-        return packed[""] if self.inner is None else self.inner.unpack(packed, like, client)
+        return self.inner.unpack(packed, like, client)
 
 
 def with_poison(
@@ -104,4 +105,4 @@ def with_poison(
     "The coders of a run's links, behind its hostile clients."
     if hostile is None or hostile.poisons != "smashed":
         return coders
-    return coders | {"smashed": PoisonedSmashed(hostile, seed, coders.get("smashed"))}
+    return coders | {"smashed": PoisonedSmashed(hostile, seed, coders.get("smashed", AS_IT_IS))}

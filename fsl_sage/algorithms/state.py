@@ -31,7 +31,7 @@ from ..networks.cut import SplitModel, cut_layers, evaluated, with_head
 from ..networks.decoders import decoder_auxiliary, positions_of, usual_blocks
 from ..networks.gpt2 import DECODERS, Adapter, blocks_of, released_bytes
 from ..networks.defences import narrowed
-from ..networks.layout import fast_layout, fast_twice
+from ..networks.layout import make_fast
 from ..networks.part import LOSSES, Draws, NextToken, Part
 from ..networks.trial import Trial, try_parts
 from ..networks.zoo import MODELS, OURS, split_decoder, split_model
@@ -376,11 +376,6 @@ def each_its_own(
     return parts
 
 # %% ../../nbs/29_algorithms.state.ipynb #7ecda170
-def _make_fast(split: SplitModel, aux: nn.Module | None) -> None:
-    "Give both one layout, in place; an auxiliary model is to be differentiated twice."
-    fast_layout(nn.ModuleList([split] if aux is None else [split, fast_twice(aux)]))
-
-
 def _splits(
     experiment: Experiment,
     data: Sequence[LocalData],  # one per client
@@ -398,7 +393,7 @@ def _splits(
         splits[cut] = split, aux, trial
     fast = all(trial.fast for *_, trial in splits.values())
     for split, aux, _ in splits.values() if fast else ():
-        _make_fast(split, aux)
+        make_fast(split, aux)
     depth = {cut: len(cut_layers(split.server)) for cut, (split, *_) in splits.items()}
     ordered = sorted(splits.items(), key=lambda item: -depth[item[0]])
     return {cut: (split, aux, replace(trial, fast=fast)) for cut, (split, aux, trial) in ordered}
@@ -481,7 +476,7 @@ def init_parts(
         _require_trainable(experiment, data, nn.Sequential(split.client, aux))
     _require_own_layers(experiment, split, servers)
     if trial.fast:
-        _make_fast(split, aux)
+        make_fast(split, aux)
 
     def copies(kind: str, module: nn.Module, n: int) -> Sequence[Part]:
         options, config = part_options(experiment, data, kind, servers), getattr(model, NAMES[kind]).optimizer

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import generator, require, tensor_bytes
+from ..ledger import Numbered
 
 # %% ../../nbs/16b_networks.codecs.ipynb #d60d7507
 Packed = dict[str, Tensor]  # by name: the tensors that are sent instead of one
@@ -339,7 +340,7 @@ class Coder:
     asked: "Coder | None" = None  # of a gradient: the coder of its smashed data
     answers: bool = False  # whether the gradient is sent at the places of the smashed data
     sent: dict[int, tuple[Tensor, Packed]] = field(default_factory=dict)  # client → its last tensor, also packed
-    messages: dict[int, tuple[int, int]] = field(default_factory=dict)  # client → round, messages so far in the round
+    messages: Numbered = field(default_factory=Numbered)
 
     def pack(
         self,
@@ -391,10 +392,7 @@ def due_of(
 
 def _stream(coder: Coder, rnd: int, client: int) -> torch.Generator:
     "The random stream of the next message."
-    of, number = coder.messages.get(client, (rnd, 0))
-    number = number if of == rnd else 0
-    coder.messages[client] = rnd, number + 1
-    return generator(coder.seed, "codec", coder.kind, client, rnd, number)
+    return generator(coder.seed, "codec", coder.kind, client, rnd, coder.messages.following(client, rnd))
 
 
 def _encoded(coder: Coder, value: Tensor, client: int, stream: torch.Generator) -> Packed:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..core import generator, require
+from ..ledger import AS_IT_IS, Numbered, Packing
 from .cut import SplitModel
 
 # %% ../../nbs/15b_networks.defences.ipynb #db9efa87
@@ -109,10 +110,10 @@ class Shield:
     config: Any  # `config.parts.DefenceConfig`
     seed: int  # of the run's draws
     kind: str  # of what it changes; seeds its random streams, too
-    inner: Any = None  # the coder that packs it; None: it is sent as it is
+    inner: Packing = AS_IT_IS  # what packs it
     asked: "Shield | None" = None  # of a gradient: the shield of the smashed data that it answers
     masks: dict[int, Tensor] = field(default_factory=dict)  # client → channels of its last upload
-    messages: dict[int, tuple[int, int]] = field(default_factory=dict)  # client → round, messages so far in it
+    messages: Numbered = field(default_factory=Numbered)
 
     def pack(
         self,
@@ -121,13 +122,11 @@ class Shield:
         client: int,
     ) -> dict[str, Tensor]:
         "What is sent in a tensor's place."
-        of, number = self.messages.get(client, (rnd, 0))
-        number = number if of == rnd else 0
-        self.messages[client] = rnd, number + 1
+        number = self.messages.following(client, rnd)
         if not value.is_meta:
             stream = generator(self.seed, "defence", self.kind, client, rnd, number)
             value = self._changed(value.detach(), client, stream)
-        return {"": value} if self.inner is None else self.inner.pack(value, rnd, client)
+        return self.inner.pack(value, rnd, client)
 
     def _changed(self, value: Tensor, client: int, stream: torch.Generator) -> Tensor:
         if self.kind != "smashed":
@@ -145,7 +144,7 @@ class Shield:
         client: int,
     ) -> Tensor:  # as `like`
         "What the receiver has; of a gradient nothing for channels that were not sent."
-        value = packed[""] if self.inner is None else self.inner.unpack(packed, like, client)
+        value = self.inner.unpack(packed, like, client)
         mask = None if self.asked is None or value.is_meta else self.asked.masks.get(client)
         return value if mask is None or len(mask) != len(value) else value * mask
 
@@ -159,12 +158,12 @@ def shields(
     seed: int = 0,  # of the run's draws
 ) -> dict[str, Any]:  # kind → what packs it; the coders themselves where nothing is changed
     "The coders of a run's links, behind its defences."
-    up = Shield(config, seed, "smashed", coders.get("smashed"))
+    up = Shield(config, seed, "smashed", coders.get("smashed", AS_IT_IS))
     found = dict(coders)
     if config.drop > 0 or config.clip > 0:
         found["smashed"] = up
     if config.drop > 0 or config.max_norm:
-        found |= {kind: Shield(config, seed, kind, coders.get(kind), up) for kind in ANSWERS}
+        found |= {kind: Shield(config, seed, kind, coders.get(kind, AS_IT_IS), up) for kind in ANSWERS}
     return found
 
 # %% ../../nbs/15b_networks.defences.ipynb #88b0b515

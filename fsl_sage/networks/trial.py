@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .auxiliary import estimate_cut_grad
 from ..core import generator, random_stream
 from .cut import SplitModel, blamed
-from .layout import fast_layout, fast_twice
+from .layout import make_fast
 
 # %% ../../nbs/22_networks.trial.ipynb #2f768b83
 WORDS = {"client": "the client's half", "server": "the server's half", "aux": "the auxiliary model"}
@@ -153,8 +153,8 @@ def try_parts(
         _require_copyable(part, kind, who[kind == "aux"])
     drawing = attempt(deepcopy(parts))
     try:
-        fast = fast_layout(deepcopy(parts))
-        fast_twice(fast[2:])  # the auxiliary model, if there is one
+        fast = deepcopy(parts)
+        make_fast(fast[:2], *fast[2:])
         attempt(fast)
     except ValueError:
         return Trial(frozenset(drawing), fast=False)
