@@ -7,6 +7,7 @@ __all__ = ['LOSSES', 'Draws', 'StepSchedule', 'Part', 'binary_cross_entropy', 'N
 
 # %% ../../nbs/16_networks.part.ipynb #95c46e95
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -172,7 +173,9 @@ class Part:
     def step_schedule(self) -> None:
         "Move the learning-rate schedule on by one round, if there is one."
         if self.scheduler is not None:
-            self.scheduler.step()
+            with warnings.catch_warnings():  # PyTorch takes the order for wrong where the part made no step so far
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")
+                self.scheduler.step()
 
     @property
     def lr(self) -> float:

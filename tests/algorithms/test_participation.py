@@ -213,6 +213,13 @@ def test_streaming_the_clients_changes_nothing(algorithm):
     assert_same(*(train(experiment, "cpu", progress=False, in_flight=n) for n in (1, None)))
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_amiss_where_the_rate_falls_before_a_clients_first_step():
+    falls = {"model.client.optimizer.scheduler.name": "step", "model.client.optimizer.scheduler.step_size": 1}
+    state = train_state(tiny("psl", participation=0.5, rounds=3, seed=200, **falls), "cpu", progress=False)[1]
+    assert len({part.lr for part in state.clients}) == 1
+
+
 def test_a_deadline_that_all_can_keep_changes_nothing():
     experiment = tiny("fsl_sage", **{"dataset.distribution": "noniid_dirichlet", "dataset.size_spread": 0.5})
     timed = train(experiment.replace(**{"clock.deadline": 1e9}), "cpu", progress=False)
