@@ -212,7 +212,7 @@ def train_rounds(
 ) -> tuple[str, str | None]:  # as `History.stopped`; what went wrong, if the run has diverged
     "Make, evaluate and write down the rounds that are left."
     experiment, ledger, left = run.state.experiment, run.ledger, run.state.experiment.rounds - run.done.next_round
-    over = ended(run.done, experiment, ledger)
+    over, said = ended(run.done, experiment, ledger), dict[str, str]()
     bar = tqdm(() if over else rounds(run), experiment.algorithm.name, left, unit="round", disable=not progress)
     for made in bar:
         due, stop = is_due(experiment, ledger, made.number), False
@@ -220,7 +220,8 @@ def train_rounds(
         if bad := trouble(made, results, due):
             return "diverged", bad
         write_down(run.done, made, ledger, results, run.register.columns(made, run.done.rounds))
-        bar.set_postfix(accuracy=f"{results['test_accuracy']:.3f}", GB=f"{ledger.bytes('paper') / 2**30:.3g}")
+        said |= {"accuracy": f"{results['test_accuracy']:.3f}"} if due else {}
+        bar.set_postfix(said, GB=f"{ledger.bytes('paper') / 2**30:.3g}")
         try:
             run.done.rounds[-1] |= tell(run.done.rounds[-1])
         except StopRun as wish:

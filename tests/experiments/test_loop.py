@@ -1,9 +1,13 @@
-"""One loop: who calls an algorithm's round."""
+"""One loop: who calls an algorithm's round, and what its bar shows."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from fsl_sage.experiments.train import train
+from tests.support.runs import tiny
 
 PACKAGE = Path(__file__).parents[2] / "fsl_sage"
 
@@ -30,3 +34,10 @@ def callers(names):
 def test_one_loop_makes_all_rounds(names, function):
     found = [one for one in callers(names) if not one[0].startswith("algorithms/")]
     assert found == [("experiments/loop", function)]
+
+
+def test_the_bar_keeps_the_last_accuracy_that_was_measured(capsys):
+    history = train(tiny("fed_avg", rounds=4, eval_every=2), "cpu")
+    shown = re.findall(r"accuracy=([\w.]+)", capsys.readouterr().err)
+    assert set(shown) <= {f"{accuracy:.3f}" for accuracy in history.rounds.test_accuracy.dropna()}
+    assert shown[-1] == f"{history.rounds.test_accuracy.iloc[-1]:.3f}"
