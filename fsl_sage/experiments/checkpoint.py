@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config.experiment import Experiment
 from ..core import atomic_path, require
 from ..algorithms.state import State
-from ..algorithms.fleet import load_tensors, part_tensors
+from ..algorithms.fleet import Fleet, load_tensors, part_tensors
 from ..ledger import Ledger, Transfer
 from ..networks.part import Part
 
@@ -96,18 +96,22 @@ def _groups(state: State) -> dict[str, Sequence[Part]]:
     return {"client": state.clients, "server": state.servers, "aux": state.auxes}
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
 def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {
-        f"{kind}.{i}.{name}": tensor
+        f"{kind}.{i}.{name}": _copy(tensor)  # at once: clients of a fleet take turns in the same memory
         for kind, parts in _groups(state).items()
         for i in range(len(parts))
         for name, tensor in part_tensors(parts[i]).items()
     }
     for i, buffer in enumerate(getattr(state, "buffers", ())):
         if len(buffer):
-            tensors |= {f"buffer.{i}.smashed": buffer.smashed, f"buffer.{i}.labels": buffer.labels}
+            tensors |= {f"buffer.{i}.smashed": _copy(buffer.smashed), f"buffer.{i}.labels": _copy(buffer.labels)}
             tensors |= {f"buffer.{i}.written": torch.tensor(buffer.written)} if buffer.written else {}
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    return tensors
 
 
 def _channels_last(tensor: Tensor) -> bool:
@@ -158,13 +162,18 @@ def _unflatten(tree: Any, tensors: dict[str, Tensor], device: torch.device) -> A
     return tuple(parts) if kind == "tuple" else parts
 
 # %% ../../nbs/41_experiments.checkpoint.ipynb #15dce7d2
-FORMAT = 2  # goes up when the file's contents change their meaning
+FORMAT = 3  # goes up when the file's contents change their meaning
 
 
-def _schedules(parts: Sequence[Part]) -> list[dict[str, Any] | None]:
-    "Each part's counters; None for a part without a schedule."
-    own = [part.scheduler and part.scheduler.state_dict() for part in parts]
-    return [{n: v for n, v in s.items() if n not in ("lr_lambdas", "milestones")} if s else None for s in own]
+def _rates(part: Part) -> dict[str, Any]:
+    "Its learning rates, and its schedule's counters."
+    counters = part.scheduler.state_dict() if part.scheduler else {}
+    left = {name: value for name, value in counters.items() if name not in ("lr_lambdas", "milestones")}
+    return {"rates": [group["lr"] for group in part.optimizer.param_groups], "schedule": left}
+
+
+def _on_device(parts: Sequence[Part]) -> Sequence[Part]:
+    return parts.slots if isinstance(parts, Fleet) else parts
 
 
 def save_checkpoint(
@@ -187,8 +196,7 @@ def save_checkpoint(
         "upload_sizes": [[client, *own] for client, own in state.upload_sizes.items()],
         "progress": asdict(progress),
         "ledger": [[*transfer, n] for transfer, n in Counter(ledger.transfers).items()],
-        "rates": [[group["lr"] for group in part.optimizer.param_groups] for part in state.parts],
-        "schedules": _schedules(state.parts),
+        "rates": {kind: [_rates(part) for part in _on_device(parts)] for kind, parts in _groups(state).items()},
         "own": own,
         "channels_last": [name for name, tensor in tensors.items() if _channels_last(tensor)],
     }
@@ -225,6 +233,16 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 # %% ../../nbs/41_experiments.checkpoint.ipynb #20375204
+def _take_rates(part: Part, saved: dict[str, Any]) -> None:  # from `_rates`
+    "Set learning rates and schedule."
+    for group, rate in zip(part.optimizer.param_groups, saved["rates"], strict=True):
+        group["lr"] = rate
+    if saved["schedule"]:
+        part.scheduler.load_state_dict(part.scheduler.state_dict() | saved["schedule"])
+    if part.schedule is not None:  # of the client that has the part now
+        part.schedule.follow(part.schedule.client)
+
+
 def load_checkpoint(
     path: str | Path,  # of the file
     state: State,  # of the same experiment, just set up; gets the file's values
@@ -242,11 +260,10 @@ def load_checkpoint(
     for i, buffer in enumerate(getattr(state, "buffers", ())):
         for name, tensor in _below(tensors, f"buffer.{i}.").items():
             setattr(buffer, name, tensor.to(device, copy=True))  # a file's tensors may lie across boundaries of memory
-    for part, rates, schedule in zip(state.parts, plain["rates"], plain["schedules"], strict=True):
-        for group, rate in zip(part.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        if schedule:
-            part.scheduler.load_state_dict(part.scheduler.state_dict() | schedule)
+    for kind, parts in _groups(state).items():
+        here, there = _on_device(parts), plain["rates"][kind]
+        for part, saved in zip(here, there if len(there) == len(here) else there[:1] * len(here), strict=True):
+            _take_rates(part, saved)
     ledger.transfers.clear()
     for *transfer, n in plain["ledger"]:
         for _ in range(n):

@@ -213,6 +213,29 @@ def test_streaming_the_clients_changes_nothing(algorithm):
     assert_same(*(train(experiment, "cpu", progress=False, in_flight=n) for n in (1, None)))
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, None), (None, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("algorithm", "schedule"), [("fed_avg", "warmup_linear"), ("fed_avg", "cosine"), ("fsl_sage", "fraction")]
+)
+def test_a_run_goes_on_with_some_clients_at_rest(algorithm, schedule, before, after, tmp_path, monkeypatch):
+    """Adam's moments, counters and rates of each client, however many are on the device before and after the stop."""
+    rates = {"name": schedule, "warmup_steps": 5, "fraction": 0.5}
+    asked = 1.0 if schedule == "cosine" else 0.5
+    changes = PARTIAL | {"participation": asked, "model.client.optimizer.scheduler": rates}
+    experiment, path = tiny(algorithm, **changes), tmp_path / "run.safetensors"
+    stopped_after(2, monkeypatch, experiment, path, in_flight=before)
+    histories, states = zip(
+        train_state(experiment, "cpu", progress=False),
+        train_state(experiment, "cpu", progress=False, in_flight=after, checkpoint=path),
+        strict=True,
+    )
+    assert_same(*histories)
+    for group in ("clients", "servers", "auxes"):
+        for one, other in zip(*(getattr(state, group) for state in states), strict=True):
+            tensors = part_tensors(other)
+            assert all(torch.equal(tensor, tensors[name]) for name, tensor in part_tensors(one).items())
+
+
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_amiss_where_the_rate_falls_before_a_clients_first_step():
     falls = {"model.client.optimizer.scheduler.name": "step", "model.client.optimizer.scheduler.step_size": 1}

@@ -16,7 +16,7 @@ def tiny(algorithm: str, **changes):
     return preset("smoke", algorithm, **(small | own | changes))
 
 
-def stopped_after(saved, monkeypatch, experiment, path):
+def stopped_after(saved, monkeypatch, experiment, path, **how):
     """Train until so many checkpoints are written; then the power is cut."""
     left, save = [saved], training.save_checkpoint
 
@@ -29,7 +29,7 @@ def stopped_after(saved, monkeypatch, experiment, path):
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            training.train_state(experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0)
+            training.train_state(experiment, "cpu", progress=False, checkpoint=path, checkpoint_seconds=0, **how)
 
 
 def assert_same(one, other):
