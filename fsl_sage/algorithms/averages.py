@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .fleet import Fleet
 from .participation import AVERAGED
 from .state import State, is_own
 from ..config.parts import AverageConfig
@@ -116,7 +117,10 @@ def average_of(
     config, total = state.experiment.average, sum(len(state.data[i]) for i in among)
     start = next((own for kind, own in state.began.items() if getattr(state, AVERAGED[kind]) is parts), {})
     shares = [len(state.data[i]) / total for i in among]
-    return AVERAGES[config.name]((tensors_of(i) for i in among), shares, start, config)
+    models: States = map(tensors_of, among)
+    if isinstance(parts, Fleet):  # whose clients take turns in the same memory
+        models = ({name: tensor.clone() for name, tensor in model.items()} for model in models)
+    return AVERAGES[config.name](models, shares, start, config)
 
 # %% ../../nbs/30c_algorithms.averages.ipynb #3df453af
 @torch.no_grad()

@@ -22,7 +22,7 @@ from ..config.settings import setting
 from ..core import generator, weighted_average
 from .base import Metrics, aggregate, arrivals
 from .state import LocalData, State
-from .fleet import Fleet
+from .fleet import on_device
 from ..ledger import Ledger
 from .sage import SAGE_COST, SageState, client_steps
 from ..networks.cut import SplitModel
@@ -36,7 +36,7 @@ def init_frozen(
 ) -> State:
     "One server, and clients whose parameters are all frozen."
     state = begin(experiment, data, ledger)
-    for client in state.clients.slots if isinstance(state.clients, Fleet) else state.clients:
+    for client in on_device(state.clients):
         client.model.requires_grad_(False)
         client.scheduler = None  # there is no rate to change
     return state

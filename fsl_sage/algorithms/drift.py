@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .fleet import Fleet
+from .fleet import on_device
 from .state import State
 from ..config.experiment import Experiment
 from ..config.settings import Settings, setting
@@ -82,5 +82,5 @@ def begin_pulls(
     "From now on pull each client's half towards its present weights, if μ is above 0."
     strength, clients = getattr(state.experiment.algorithm, "proximal", 0.0), state.clients
     if strength:
-        for part in clients.slots if isinstance(clients, Fleet) else clients:
+        for part in on_device(clients):
             part.correction = Pull(part.model.parameters(), strength)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from .drift import begin_pulls
-from .fleet import Fleet
+from .fleet import Fleet, on_device
 from .state import State
 from ..config.experiment import PLUGGED, Experiment
 from ..core import generator, require
@@ -57,7 +57,7 @@ def _begin_streams(state: State, rnd: int) -> None:
     groups = {"client": state.clients, "server": state.servers, "aux": state.auxes}
     for kind in state.drawing:
         parts = groups[kind]
-        for i, part in enumerate(parts.slots if isinstance(parts, Fleet) else parts):
+        for i, part in enumerate(on_device(parts)):
             streamed = isinstance(parts, Fleet) and part.owner  # a fleet has set its owner
             part.draws, part.owner = state.draws, (kind, *(part.owner[-1:] if streamed else [i]))
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .fleet import Fleet, one_part_each, require_no_fleet
+from .fleet import Fleet, on_device, one_part_each, require_no_fleet
 from .optimisers import make_part
 from .poison import poisoned_batches
 from ..config.experiment import PLUGGED, Experiment
@@ -175,7 +175,7 @@ class State:
     def parts(self) -> list[Part]:
         "Every model with its optimiser that is on the device."
         groups = self.clients, self.servers, self.auxes
-        return [part for parts in groups for part in (parts.slots if isinstance(parts, Fleet) else parts)]
+        return [part for parts in groups for part in on_device(parts)]
 
     def to_average(
         self,
@@ -214,7 +214,7 @@ class State:
 # %% ../../nbs/29_algorithms.state.ipynb #55c4c29a
 def require_all_in_flight(state: State) -> None:
     "`ValueError` if the clients cannot all be on the device at once."
-    slots = len(state.clients.slots) if isinstance(state.clients, Fleet) else len(state.data)
+    slots = len(on_device(state.clients))
     fine = f"all {len(state.data)} clients for {state.experiment.algorithm.name!r}, whose steps need them all at once"
     require(slots == len(state.data), "in_flight", slots, fine)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config.experiment import Experiment
 from ..core import atomic_path, require
 from ..algorithms.state import State
-from ..algorithms.fleet import Fleet, load_tensors, part_tensors
+from ..algorithms.fleet import load_tensors, on_device, part_tensors
 from ..ledger import Ledger, Transfer
 from ..networks.part import Part
 
@@ -172,10 +172,6 @@ def _rates(part: Part) -> dict[str, Any]:
     return {"rates": [group["lr"] for group in part.optimizer.param_groups], "schedule": left}
 
 
-def _on_device(parts: Sequence[Part]) -> Sequence[Part]:
-    return parts.slots if isinstance(parts, Fleet) else parts
-
-
 def save_checkpoint(
     path: str | Path,  # of the file
     state: State,
@@ -196,7 +192,7 @@ def save_checkpoint(
         "upload_sizes": [[client, *own] for client, own in state.upload_sizes.items()],
         "progress": asdict(progress),
         "ledger": [[*transfer, n] for transfer, n in Counter(ledger.transfers).items()],
-        "rates": {kind: [_rates(part) for part in _on_device(parts)] for kind, parts in _groups(state).items()},
+        "rates": {kind: [_rates(part) for part in on_device(parts)] for kind, parts in _groups(state).items()},
         "own": own,
         "channels_last": [name for name, tensor in tensors.items() if _channels_last(tensor)],
     }
@@ -261,7 +257,7 @@ def load_checkpoint(
         for name, tensor in _below(tensors, f"buffer.{i}.").items():
             setattr(buffer, name, tensor.to(device, copy=True))  # a file's tensors may lie across boundaries of memory
     for kind, parts in _groups(state).items():
-        here, there = _on_device(parts), plain["rates"][kind]
+        here, there = on_device(parts), plain["rates"][kind]
         for part, saved in zip(here, there if len(there) == len(here) else there[:1] * len(here), strict=True):
             _take_rates(part, saved)
     ledger.transfers.clear()

@@ -50,6 +50,17 @@ def test_two_scaling_clients_of_eight_move_the_mean_and_no_other_average():
         assert history.rounds.paper_bytes.tolist() == fair.rounds.paper_bytes.tolist()
 
 
+@pytest.mark.parametrize("name", ROBUST)
+@pytest.mark.parametrize("algorithm", ["fed_avg", "fsl_sage"])
+def test_every_client_counts_while_some_are_at_rest(algorithm, name):
+    small = {"dataset.size_spread": 0.5, "num_clients": 5, "rounds": 2, "average.hostile": 1} if name == "krum" else {}
+    experiment = tiny(algorithm, **{"num_clients": 5, "rounds": 2} | ROBUST[name] | small)
+    all_here, few = (train_state(experiment, "cpu", progress=False, in_flight=n)[1] for n in (None, 2))
+    for group in ("clients", "auxes") if algorithm == "fsl_sage" else ("clients",):
+        for one, other in zip(getattr(all_here, group), getattr(few, group), strict=True):
+            assert all(map(torch.equal, one.model.state_dict().values(), other.model.state_dict().values()))
+
+
 @pytest.mark.parametrize("attack, sign", [("scaled", 1), ("sign_flip", -1)])
 def test_an_average_with_a_hostile_client_by_hand(attack, sign):
     """One round of FedAvg with two clients of one size: (w₀ + w_t ± s·(w₁ − w_t)) / 2."""
