@@ -9,7 +9,7 @@ __all__ = ['T', 'unmoved', 'average', 'aggregate', 'broadcast', 'average_layers'
 # %% ../../nbs/31_algorithms.base.ipynb #d797c0ce
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -140,18 +140,14 @@ def whole_step(
 T = TypeVar("T")
 
 
-def _pinning(state: State, work: Callable[[int], T]) -> Callable[[int], T]:
-    "`work`, during which the client's parts stay on the device."
-    groups = state.clients, state.servers, state.auxes
-    fleets = [parts for parts in groups if isinstance(parts, Fleet) and len(parts) == len(state.data)]
-
-    def at_work(i: int) -> T:
-        with ExitStack() as pinned:
-            for fleet in fleets:
-                pinned.enter_context(fleet.pinned(i))
-            return work(i)
-
-    return at_work
+@contextmanager
+def _pinned(state: State, i: int) -> Iterator[None]:
+    "Client `i`'s parts stay on the device in the block, once they are used."
+    with ExitStack() as pinned:
+        for parts in (state.clients, state.servers, state.auxes):
+            if isinstance(parts, Fleet):
+                pinned.enter_context(parts.pinned(i))
+        yield
 
 
 def _streaming(state: State, work: Callable[[int], T]) -> Callable[[int], T]:
@@ -198,11 +194,18 @@ def each_client(
     "Do `work` for every present client, in threads on a CPU with several cores."
     fleets = [parts for parts in (state.clients, state.servers, state.auxes) if isinstance(parts, Fleet)]
     workers = min([torch.get_num_threads(), len(state.present), *(len(fleet.slots) for fleet in fleets)])
-    own, at_work = ("algorithm", state.experiment.algorithm.name) in PLUGGED, _pinning(state, work)
+    own = ("algorithm", state.experiment.algorithm.name) in PLUGGED
     if workers == 1 or state.device.type != "cpu":
-        yield from map(_streaming(state, at_work) if own else at_work, state.present)
-    else:
-        yield from _in_threads(state, at_work, own, workers)
+        yield from map(_streaming(state, work) if own else work, state.present)
+        return
+
+    def at_work(i: int) -> T:
+        with _pinned(state, i):
+            return work(i)
+
+    for i, result in zip(state.present, _in_threads(state, at_work, own, workers), strict=True):
+        with _pinned(state, i):  # while others work, and need a place
+            yield result
 
 # %% ../../nbs/31_algorithms.base.ipynb #60051904
 def arrivals(

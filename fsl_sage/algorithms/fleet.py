@@ -9,7 +9,7 @@ __all__ = ['part_tensors', 'load_tensors', 'Fleet', 'on_device', 'clients_in_fli
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -111,7 +111,7 @@ class _Rest:
             for name, tensor in tensors.items():
                 rest[name].copy_(tensor.detach())
 
-    def make_room(self, working: OrderedDict[int, Part], pinned: set[int]) -> Part:  # the slot that is free now
+    def make_room(self, working: OrderedDict[int, Part], pinned: Container[int]) -> Part:  # the slot that is free now
         "Put the first client to rest that is not pinned, and return its slot."
         i = next(client for client in working if client not in pinned)
         self.keep(i, working[i])
@@ -137,15 +137,16 @@ class Fleet(Sequence[Part]):
         self.slots = [make() for _ in range(min(slots, n))]
         self._n, self._free, self._rest = n, list(self.slots), _Rest(self.slots[0])
         self._working: OrderedDict[int, Part] = OrderedDict()  # client → its slot, in the order of last use
-        self._pinned: set[int] = set()
-        self._lock = threading.RLock()
+        self._pinned: dict[int, int] = {}  # client → the thread that has pinned it
+        self._turn = threading.Condition()
 
     def __len__(self) -> int:
         return self._n
 
     def __getitem__(self, i: int) -> Part:  # type: ignore[override]  # no slices
         i = range(self._n)[i]
-        with self._lock:
+        with self._turn:
+            self._turn.wait_for(lambda: self._has_room(i))
             if i not in self._working:
                 slot = self._free.pop() if self._free else self._rest.make_room(self._working, self._pinned)
                 self._rest.wake(i, slot)
@@ -156,15 +157,26 @@ class Fleet(Sequence[Part]):
             self._working.move_to_end(i)
             return self._working[i]
 
+    def _has_room(self, i: int) -> bool:
+        if i in self._working or self._free or self._working.keys() - self._pinned.keys():
+            return True
+        me = threading.get_ident()
+        if all(self._pinned[client] == me for client in self._working):
+            raise RuntimeError(f"in_flight={len(self.slots)}: client {i} is needed beside {sorted(self._working)}: "
+                               f"more clients must be on the device")  # fmt: skip
+        return False
+
     @contextmanager
-    def pinned(self, i: int) -> Iterator[Part]:
-        "Client `i`'s part, which keeps its slot within the block."
-        with self._lock:
-            part, _ = self[i], self._pinned.add(i)
+    def pinned(self, i: int) -> Iterator[None]:
+        "Within the block client `i` keeps its slot from its first use; another thread waits if all slots are pinned."
+        with self._turn:
+            self._pinned[i] = threading.get_ident()
         try:
-            yield part
+            yield
         finally:
-            self._pinned.discard(i)
+            with self._turn:
+                del self._pinned[i]
+                self._turn.notify_all()
 
     def load_models(self, state: dict[str, Tensor]) -> None:
         "Give every client the same model, of this state dict."
@@ -176,7 +188,7 @@ class Fleet(Sequence[Part]):
 def on_device(
     parts: Sequence[Part],  # one per client, or a fleet
 ) -> Sequence[Part]:
-    "Those parts that are on the device: of a fleet its slots, whoever has them now."
+    "Those parts that are on the device: of a fleet its slots, with the clients that have them now."
     return parts.slots if isinstance(parts, Fleet) else parts
 
 # %% ../../nbs/27_algorithms.fleet.ipynb #04625a02

@@ -1,6 +1,8 @@
 """One engine: streamed, stopped and side by side, every algorithm gives what it gives in one go."""
 
 import json
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,13 +10,25 @@ from safetensors.torch import load_file, save_file
 
 from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.base import each_client
+from fsl_sage.algorithms.fleet import clients_in_flight, part_tensors
 from fsl_sage.algorithms.record import IN_STEP
 from fsl_sage.core import atomic_path
+from fsl_sage.experiments.setup import set_up
 from fsl_sage.experiments.train import train, train_state
 from tests.support.runs import assert_same, stopped_after, tiny
 
 TOGETHER = {name for name, record in ALGORITHMS.items() if record.order == IN_STEP} | {"scala"}  # all clients at once
 SIDE_BY_SIDE = ["fed_avg", "sl_multi_server", "cse_fsl"]
+
+
+@contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -60,6 +74,35 @@ def test_clients_side_by_side_change_nothing(algorithm, in_flight):
     for one, two in zip(*(state.parts for state in states), strict=True):
         for name, tensor in one.model.state_dict().items():
             assert torch.equal(tensor, two.model.state_dict()[name]), name
+
+
+def test_as_many_threads_as_places_change_nothing():
+    """FSL-SAGE aligns in every other round, where the auxiliary models of clients at rest are needed, too."""
+    experiment, states = tiny("fsl_sage", num_clients=5, **{"dataset.size_spread": 0.5}), []
+    for slots in (None, 2):
+        with threads(2):
+            states.append(train_state(experiment, "cpu", progress=False, in_flight=slots)[1])
+    for group in ("clients", "auxes"):
+        for one, other in zip(*(getattr(state, group) for state in states), strict=True):
+            tensors = part_tensors(other)
+            assert all(torch.equal(tensor, tensors[name]) for name, tensor in part_tensors(one).items())
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_who_takes_a_result_keeps_the_clients_place(slots):
+    """Others work meanwhile, and would take the place of the client whose auxiliary model is changed here."""
+    with clients_in_flight(slots):
+        state = set_up(tiny("fsl_sage", num_clients=6))
+    state.present = list(range(6))
+    with threads(2):
+        for i, _ in zip(state.present, each_client(state, lambda i: state.auxes[i]), strict=True):
+            aux = state.auxes[i]
+            for _ in range(20):
+                next(iter(aux.model.parameters())).data.add_(i)
+                time.sleep(0.001)
+            assert state.auxes[i] is aux
+    firsts = [next(iter(part.model.parameters())).flatten()[0].item() for part in state.auxes]
+    assert [round(first - firsts[0]) for first in firsts] == [0, 20, 40, 60, 80, 100]
 
 
 def test_what_takes_the_clients_results_has_one_thread_until_all_have_worked():
