@@ -354,8 +354,8 @@ def partition_name(
     "How the data are spread over the clients, in words."
     dataset = experiment.dataset
     names = {"iid": "IID", "noniid": f"{dataset.shard_num} shards a client", "balanced": "balanced"}
-    names |= {"by_length": "by length", "by_key": "by key"}
-    return names.get(dataset.distribution, f"Dirichlet α = {dataset.alpha:g}")
+    names |= {"noniid_dirichlet": f"Dirichlet α = {dataset.alpha:g}"}
+    return names.get(dataset.distribution, dataset.distribution.replace("_", " "))
 
 
 def comparison_table(

@@ -93,12 +93,12 @@ def verdict(
         return "not run", ""
     if preset not in AS_PUBLISHED:
         return "order only", "another experiment: its numbers are not the paper's"
-    if counted or least == most:
-        off = max((max(least - value, value - most) for value in values), default=math.nan)
-        slack = 1e-9 * max(abs(least), abs(most)) if least < most else 0.0  # the range's own rounding
-        return ("holds", "counted") if off <= slack else ("differs", f"by {off:.3g}; a count must be equal")
     if without := sum(math.isnan(value) for value in values):
         return "undecided", f"{without} of {n} runs have no such value"
+    if counted or least == most:
+        off = max(max(least - value, value - most) for value in values)
+        slack = 1e-9 * max(abs(least), abs(most)) if least < most else 0.0  # the range's own rounding
+        return ("holds", "counted") if off <= slack else ("differs", f"by {off:.3g}; a count must be equal")
     mean = sum(values) / n
     gap = max(least - mean, mean - most, 0.0)
     if n == 1:
@@ -127,15 +127,15 @@ def _step_p(
     low: Mapping[int, float],  # the runs that should be smaller, by seed
     high: Mapping[int, float],  # the runs that should be larger, by seed
     counted: bool,  # whether the numbers follow by counting: then one pair decides
-) -> float:  # NaN: fewer than two common seeds
+) -> float:  # NaN: fewer than two common seeds, or with `counted` none
     "The p-value of a paired test; its null hypothesis: `high` is not above `low`."
     from scipy import stats  # only here: importing it takes a second
 
     pairs = [(low[seed], high[seed]) for seed in low.keys() & high.keys()]
+    if len(pairs) < (1 if counted else 2):
+        return math.nan
     if counted:
         return float(not all(a < b for a, b in pairs))
-    if len(pairs) < 2:
-        return math.nan
     if not all(math.isfinite(value) for pair in pairs for value in pair):
         signs = [(b > a) - (b < a) for a, b in pairs if a != b]
         return float(stats.binomtest(signs.count(1), len(signs), 0.5, "greater").pvalue) if signs else 1.0
@@ -155,9 +155,19 @@ class OrderTest(NamedTuple):
     p_reversed: float  # p-value; null hypothesis: no step is reversed; NaN: cannot be tested
 
 # %% ../../nbs/63_papers.verdicts.ipynb #01bf4bd7
-def _means(runs: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    "Means over seeds; infinite if one of them is."
-    return {name: sum(values.values()) / len(values) for name, values in runs.items()}
+def _means(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
+    "Means over the common seeds, of each over all seeds where none is common; infinite if one value is."
+    common = one.keys() & other.keys()
+    own = [[runs[seed] for seed in sorted(common or runs)] for runs in (one, other)]
+    return [sum(values) / len(values) for values in own]
+
+
+def _unlike(low: str, high: str, runs: Mapping[str, Mapping[int, float]]) -> str:  # empty: the means show the step
+    "What the means say against a step, in words."
+    below, above = _means(runs[low], runs[high])
+    if below == above:
+        return f"{low} and {high} are not told apart"
+    return "" if below < above else f"{low} is not below {high}"
 
 
 def order_test(
@@ -169,12 +179,8 @@ def order_test(
     missing = [name for group in order for name in group if not runs.get(name)]
     if missing:
         return OrderTest(missing, [], 0, math.nan, math.nan)
-    means, steps = _means(runs), [pair for groups in pairwise(order) for pair in product(*groups)]
-    wrong = [
-        f"{low} and {high} are not told apart" if means[low] == means[high] else f"{low} is not below {high}"
-        for low, high in steps
-        if not means[low] < means[high]
-    ]
+    steps = [pair for groups in pairwise(order) for pair in product(*groups)]
+    wrong = list(filter(None, (_unlike(low, high, runs) for low, high in steps)))
     forth = [_step_p(runs[a], runs[b], counted) for a, b in steps]
     back = [_step_p(runs[b], runs[a], counted) for a, b in steps]
     untested = any(map(math.isnan, forth))
