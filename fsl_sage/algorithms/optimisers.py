@@ -120,4 +120,6 @@ def make_part(
         total = config.scheduler.total_steps
         schedule = StepSchedule(optimizer, config.scheduler.warmup_steps, totals if total is None else (total,))
     frozen = [name for name, parameter in model.named_parameters() if keeps and not parameter.requires_grad]
-    return Part(model, optimizer, scheduler, precision, None, (), new_recorder(), frozenset(frozen), schedule, nopeek)
+    on_host = isinstance(optimizer, ReleasedAdamW)  # counts its steps in Python: a recording would repeat one of them
+    recorder = None if on_host else new_recorder()
+    return Part(model, optimizer, scheduler, precision, None, (), recorder, frozenset(frozen), schedule, nopeek)

@@ -49,10 +49,15 @@ class CountFlops(TorchDispatchMode):
     flops = 0
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import flop_registry  # loads Triton, 6 % of the package's start-up
+        from torch.utils.flop_counter import conv_flop_count, flop_registry  # loads Triton, 6 % of the start-up
+
+        def convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, out_val: Any) -> int:
+            of_x, of_weight, _ = rest[-1]  # PyTorch's formula counts the weight's gradient once per group
+            x_shape, shape, grad_shape = list(x.shape), list(weight.shape), list(grad.shape)
+            return (of_x + of_weight) * conv_flop_count(x_shape, shape, grad_shape, transposed=rest[4])
 
         super().__init__()
-        self._formulas = flop_registry
+        self._formulas = flop_registry | {_aten.convolution_backward: convolution_backward}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         run = LIGHT.get(func, func) if args and isinstance(args[0], Tensor) and args[0].is_meta else func

@@ -62,6 +62,17 @@ def test_a_recorded_run_is_the_same_run(case):
     assert Counting.seen["played"] > Counting.seen["recorded"] > 0
 
 
+def test_an_optimiser_that_counts_in_python_is_not_recorded():
+    """A CUDA graph would repeat the bias correction of the step that was recorded; `Pretended` could not show it."""
+    from fsl_sage.algorithms.optimisers import make_part
+    from fsl_sage.config.parts import OptimizerConfig
+
+    with recording(Pretended):
+        players = {name: make_part(nn.Linear(2, 2), OptimizerConfig(name)).player for name in ("adam", "sgd", "adamw")}
+        assert None not in players.values()
+        assert make_part(nn.Linear(2, 2), OptimizerConfig("adamw_released")).player is None
+
+
 def test_parts_that_draw_are_done_as_they_stand():
     from fsl_sage.algorithms.optimisers import make_part
     from fsl_sage.networks.part import Draws
