@@ -48,6 +48,9 @@ class AsynchronousSettings(Settings):
         fine = f"none for {self.name!r}, whose server waits for no client"
         require(clock is None or clock.deadline is None, "clock.deadline", clock and clock.deadline, fine)
 
+    def server_steps(self, each: Sequence[int]) -> None:
+        return None  # a round is as long as its clients' paces make it
+
     def between_machines(self) -> None:
         fine = "an algorithm with rounds for all: here the simulated clock gives the order, not the machines"
         require(False, "algorithm.name", self.name, fine)

@@ -211,6 +211,9 @@ class UploadSettings(Settings):
 
     server_update_interval: int = setting(5, 1)  # q: local steps between uploads of smashed data
 
+    def server_steps(self, each: Sequence[int]) -> int:
+        return sum(-(-steps // self.server_update_interval) for steps in each)
+
 
 @dataclass(frozen=True)
 class AveragedUploadSettings(DriftSettings, UploadSettings):
@@ -265,6 +268,9 @@ class JointSettings(SplitSettings):
     "Settings of algorithms with one loss over all clients' samples."
 
     per_client_loss: bool = False  # a client gets its own mean loss's gradient, not its part of the joint mean's
+
+    def server_steps(self, each: Sequence[int]) -> int | None:
+        return max(each)
 
     def images_only(self) -> str:
         return "its joint batch and the shares of its gradient are of samples with one label each"

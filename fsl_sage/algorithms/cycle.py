@@ -8,7 +8,7 @@ __all__ = ['PASSES', 'POOLED', 'CYCLE_PSL', 'CYCLE_SFL', 'CyclePslSettings', 'Cy
 
 # %% ../../nbs/36f_algorithms.cycle.ipynb #a99eb67f
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,9 @@ class CyclePslSettings(JointSettings):
 
     server_epochs: int = setting(1, 1)  # E_s: passes of the server over the pool in each step
     server_batch_size: int = setting(0, 0)  # samples of its minibatches; 0: as a client's batch
+
+    def server_steps(self, each: Sequence[int]) -> None:
+        return None  # as many as the pool has minibatches
 
     def between_machines(self) -> None:
         fine = "another one between machines: minibatches are drawn from smashed data that only the server has"

@@ -335,21 +335,26 @@ def _require_trainable(experiment: Experiment, data: Sequence[LocalData], networ
     require(False, "model.client.batch_size", batch_size, f"{fine}; {fits} would do")
 
 # %% ../../nbs/29_algorithms.state.ipynb #5f3d9f1c
+NAMES = {"client": "client", "server": "server", "aux": "auxiliary"}  # of a part in the configuration
+
+
 def own_steps(
     experiment: Experiment,
     data: Sequence[LocalData],  # one per client
     kind: str,  # client, server or aux
     servers: int = 1,  # 1, or one per client
-) -> list[int]:  # one per client, or one for the one server
+) -> list[int] | None:  # one per client, or one for the one server; None: not known beforehand
     "How many steps the optimiser of each part of this kind makes in the whole run."
-    local, settings, rounds = experiment.model.client, experiment.algorithm, experiment.rounds
+    local, settings = experiment.model.client, experiment.algorithm
+    rounds = experiment.rounds - settings.first_round
     each = [-(-len(own) // local.batch_size) * local.epoch for own in data]
     if kind == "server" and servers == 1:
-        q = getattr(settings, "server_update_interval", 1)
-        return [rounds * sum(-(-steps // q) for steps in each)]
+        at_server = settings.server_steps(each)
+        return None if at_server is None else [rounds * at_server]
     if kind == "aux" and hasattr(settings, "align_interval"):
         passes = settings.align_epochs * math.ceil(settings.max_dataset_size / settings.align_batch_size)
-        return [max(1, passes * sum(settings.aligns(rnd) for rnd in range(rounds)))]
+        passes *= sum(settings.aligns(rnd) for rnd in range(experiment.rounds))
+        return [max(1, passes - settings.first_round * steps) for steps in each]
     return [rounds * steps for steps in each]
 
 
@@ -361,9 +366,14 @@ def part_options(
 ) -> dict[str, Any]:  # for `make_part`, besides model and optimiser
     "The arguments of `make_part` that are the same for all parts of one kind."
     totals = own_steps(experiment, data, kind, servers)
+    if totals is None:
+        schedule = getattr(experiment.model, NAMES[kind]).optimizer.scheduler
+        given = schedule is None or schedule.name != "warmup_linear" or schedule.total_steps is not None
+        fine = f"a number for {experiment.algorithm.name!r}, whose {kind} makes steps that are not known beforehand"
+        require(given, f"model.{NAMES[kind]}.optimizer.scheduler.total_steps", None, fine)
     own = {"rounds": experiment.rounds, "precision": experiment.precision}
     own["nopeek"] = experiment.defence.nopeek if kind == "client" else 0.0
-    return own | {"totals": totals, "keeps": reads_text(experiment)}
+    return own | {"totals": totals or [1], "keeps": reads_text(experiment)}
 
 
 def each_its_own(
@@ -455,9 +465,6 @@ def _require_own_layers(experiment: Experiment, split: SplitModel, servers: int)
         require(not upper or servers > 1, "model.own_layers", layer, fine)
 
 # %% ../../nbs/29_algorithms.state.ipynb #c96d103b
-NAMES = {"client": "client", "server": "server", "aux": "auxiliary"}  # of a part in the configuration
-
-
 def init_parts(
     experiment: Experiment,
     data: Sequence[LocalData],  # one per client

@@ -102,6 +102,9 @@ def step_along(
     for address, slope in zip(addresses, slopes, strict=True):
         for part, parameter, direction in directions_of(parts, address):
             parameter.add_(direction, alpha=-part.lr * slope / len(addresses))  # (2)
+    for part in parts:
+        if part.schedule is not None:
+            part.schedule.step()
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #199d9465
 def auxiliary_loss(

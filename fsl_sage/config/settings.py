@@ -10,7 +10,7 @@ __all__ = ['DEFAULT', 'setting', 'Settings', 'hints_of', 'build', 'check_types',
 import math
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import lru_cache
@@ -86,6 +86,10 @@ class Settings:
     def differ(self) -> str:  # a phrase for messages; empty: these settings do not make them differ
         "Why the clients' models differ after a round of an algorithm that averages them."
         return ""
+
+    def server_steps(self, each: Sequence[int]) -> int | None:  # None: not known beforehand
+        "How often one server for all steps in a round in which the clients make `each` local steps."
+        return sum(each)
 
     def begins_as(self, rounds: int) -> "tuple[Settings, int] | None":  # the others; how many rounds are equal
         "Other settings whose run of `rounds` rounds has the same first rounds; None: none are known."

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from fsl_sage.algorithms.all import ALGORITHMS
 from fsl_sage.algorithms.optimisers import make_part
 from fsl_sage.commands.train import main
 from fsl_sage.config.parts import OptimizerConfig, SchedulerConfig
 from fsl_sage.experiments.runs import RunStore
-from fsl_sage.experiments.train import train
+from fsl_sage.experiments.train import train, train_state
 from tests.support.runs import assert_same, stopped_after, tiny
 
 
@@ -89,3 +90,26 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     words += " model.client.optimizer.scheduler.warmup_rounds=1 model.client.optimizer.scheduler.gamma=0"
     assert main(words.split()) in (0, None)
     assert RunStore(tmp_path).frame().client_lr.tolist() == pytest.approx([0.5e-3, 1e-3, 0.5e-3])
+
+
+LINEAR = {f"model.{part}.optimizer.scheduler": {"name": "warmup_linear"} for part in ("client", "server", "auxiliary")}
+WARM = {"algorithm.warm_start": True}
+UNKNOWN = ("async_splitfed", "gas", "cycle_psl", "cycle_sfl")  # their servers' steps follow from paces or from a pool
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [(name, {}) for name in ALGORITHMS if name not in (*UNKNOWN, "scaffold")] + [("fsl_sage", WARM)],
+)
+def test_a_rate_that_falls_in_steps_is_zero_at_the_parts_last_step(algorithm, changes):
+    state = train_state(tiny(algorithm, **LINEAR | changes), "cpu", progress=False)[1]
+    made = [(part.schedule.made, part.schedule.total, part.lr) for part in state.parts if part.schedule.made]
+    assert made and all(steps == total and rate == 0 for steps, total, rate in made)
+
+
+@pytest.mark.parametrize("algorithm", UNKNOWN)
+def test_where_the_steps_are_not_known_they_must_be_given(algorithm):
+    with pytest.raises(ValueError, match=r"server\.optimizer\.scheduler\.total_steps=None: must be a number for"):
+        train(tiny(algorithm, **LINEAR), "cpu", progress=False)
+    given = LINEAR | {"model.server.optimizer.scheduler": {"name": "warmup_linear", "total_steps": 4}}
+    assert train(tiny(algorithm, **given), "cpu", progress=False).rounds.server_lr.iloc[-1] == 0
