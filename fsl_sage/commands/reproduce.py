@@ -252,8 +252,11 @@ def main(
         raise
     except ImportError as error:
         parser.error(f"{error}: the figures need the development requirements, pip install -e '.[dev]'")
-    except (ValueError, OSError, StoreError) as error:
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    except (OSError, StoreError) as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; finished runs are kept, the same command goes on from there", file=sys.stderr)
         return 130

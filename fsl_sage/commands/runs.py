@@ -25,7 +25,7 @@ from ..experiments.store import RUN, StoreError
 from ..experiments.runs import RunStore, bring
 from ..experiments.stored import Stored, all_rounds, flat
 from ..algorithms.record import label
-from ..experiments.store import own_folders, remove, run_lock
+from ..experiments.store import model_of, own_folders, remove, run_lock
 from ..experiments.stored import read_all, read_stored, write_table
 
 # %% ../../nbs/90_commands.runs.ipynb #509383c2
@@ -140,6 +140,7 @@ def show_run(
         lines = (f"  {name:{width}}  {value}" for name, value in values.items())
         return "\n".join([title, *map(printable, lines)])
 
+    require(last >= 1, "--rounds", last, "at least 1")
     rounds = run.history.rounds
     table = rounds.tail(last).to_string(index=False)
     title = f"{label(experiment)}, run {run.folder.name}: {len(rounds)} rounds, stopped by {run.history.stopped}"
@@ -295,6 +296,10 @@ def import_runs(
             new = bring(store, run.folder, commit)
             if new:
                 shutil.rmtree(run.folder, ignore_errors=True)
+                model, own = model_of(run.folder.parent, run.folder.name), model_of(store, run.folder.name)
+                if model.is_file() and not own.exists():
+                    own.parent.mkdir(exist_ok=True)
+                    shutil.move(model, own)
             lines.append(f"{run.folder.name}: {'taken in' if new else 'is here already'}")
     if bad:
         raise StoreError("\n".join([*lines, *bad]))
@@ -307,6 +312,7 @@ def text_for(
     "What the command prints. `StoreError` if the store cannot be used, `ValueError` for a wrong argument."
     load_plugins(args.plugins)
     store = RunStore(args.runs).root
+    require(args.runs is None or store.is_dir(), "--runs", str(store), "a folder with runs")
     if args.command == "list":
         return list_runs(store, args.filters)
     if args.command == "show":
@@ -338,14 +344,13 @@ def main(
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        print(printable_lines(text_for(args)))
-    except BrokenPipeError:
-        raise
-    except StoreError as error:
+        text = printable_lines(text_for(args))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(printable(error))
+    except (StoreError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        parser.error(printable(error))
+    print(text)
     return 0
 
 

@@ -319,10 +319,10 @@ def main(
         return run(words, bool({"-m", "--multirun"} & set(flags)), bool({"-c", "--cfg"} & set(flags)))
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"fsl-sage: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, ArithmeticError) as error:  # the store cannot be used; a run has diverged
+    except (RuntimeError, ArithmeticError, OSError) as error:  # the store cannot be used; a run has diverged
         print(f"fsl-sage: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -172,6 +172,8 @@ def beginning(
     branches = [key for key in said if said[key] == {}] + [key.rpartition(".")[0] for key in said if "." in key]
     network = said.get("model.name")  # is cut where its own paper cuts it
     other = {"model.name": network} if isinstance(network, str) and network in MODELS else {}
+    size = said.get("model.auxiliary.size")  # decides which networks an algorithm can train
+    other |= {"model.auxiliary.size": size} if other and isinstance(size, str) else {}
     return preset(name, algorithm, **other).replace(**{branch: {} for branch in branches}), note
 
 # %% ../../nbs/88_commands.words.ipynb #cb05c9f1
@@ -187,11 +189,9 @@ class Job:
 
 
 @functools.cache
-def _root() -> type:  # a dataclass
+def _root(twin: type) -> type:  # from `schema`, which a plug-in changes; a dataclass
     "The fields of an experiment and the options side by side."
-    from fsl_sage.config.experiment import Experiment
-
-    return make_dataclass("CommandLine", [], bases=(schema(Experiment, ("plugins",)), Options))
+    return make_dataclass("CommandLine", [], bases=(twin, Options))
 
 
 def _tree(
@@ -204,8 +204,9 @@ def _tree(
 
     from fsl_sage.config.experiment import SEEDS
 
-    given = vars(filled(schema(type(experiment), ("plugins",)), experiment)) | dict.fromkeys(SEEDS, "${seed}")
-    config = OmegaConf.structured(_root()(**given))
+    twin = schema(type(experiment), ("plugins",))
+    given = vars(filled(twin, experiment)) | dict.fromkeys(SEEDS, "${seed}")
+    config = OmegaConf.structured(_root(twin)(**given))
     wrong = None
     try:
         for word, said in words:

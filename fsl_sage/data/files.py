@@ -333,8 +333,9 @@ def check_arrays(
     for x, y in (("x_train", "y_train"), ("x_test", "y_test")):
         images, labels = arrays[x], arrays[y]
         check(images.dtype == np.uint8, f"{x} must be uint8, is {images.dtype}")
+        check(images.size > 0, f"{x} holds no image: its shape is {images.shape}")
         images = images[..., None] if images.ndim == 3 else images
-        fits = images.ndim == 4 and images.size > 0 and 1 <= images.shape[-1] <= 4
+        fits = images.ndim == 4 and 1 <= images.shape[-1] <= 4
         forms = "(n, height, width) or (n, height, width, 1 to 4 channels)"
         check(fits, f"{x} must have shape {forms}, has {arrays[x].shape}")
         n, found = len(images), images.shape[-1]

@@ -281,6 +281,7 @@ def find_arrays(
             require(image_size is None, "dataset.image_size", image_size, fits)
             return reader(path), path
     known = f"one of {', '.join(KNOWN)}, or the name of an .npz file or a folder in {root}"
+    known += f" with {_forms(name)}; what is in {root / name} is neither" if (root / name).is_dir() else ""
     require(name in KNOWN, "dataset.name", name, known)
     network = "no download known" if name not in FETCH else "download not wanted (download=False)"
     if name in FETCH and download:

@@ -21,6 +21,7 @@ from ..config.experiment import Experiment, can_be_shorter
 from ..core import choose_device, forget_peak_memory, peak_memory, printable, require
 from ..data.sources import checked_arrays, data_root, digest_of
 from .checkpoint import data_of, fields_of_progress
+from .plugin_files import part_error
 from .digests import Digests, is_built, with_files
 from .provenance import provenance
 from .store import RUN, StoreError, _read_provenance, checkpoint_of, put_run, read_whole, remove
@@ -272,6 +273,7 @@ def attempt_run(
     try:
         return experiment, _train_and_put(experiment, *others, **how), None
     except Exception as error:
+        found = part_error(error)
         if parent_process():
-            error.add_note(traceback.format_exc())
-        return experiment, True, error
+            found.add_note(traceback.format_exc())
+        return experiment, True, found

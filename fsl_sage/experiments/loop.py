@@ -22,7 +22,7 @@ from ..algorithms.record import Algorithm
 from ..algorithms.state import State
 from ..config.experiment import Experiment
 from ..config.settings import record_of
-from ..core import arithmetic
+from ..core import arithmetic, require
 from ..costs.clock import Attendance
 from ..data.images import Dataset, Images
 from .history import CLIENT_COLUMNS, client_accuracies, client_columns, evaluate_mean, mean_loss
@@ -111,6 +111,8 @@ def rounds(run: Run) -> Iterator[Round]:
         with arithmetic(state.experiment.precision), round_stream(state) as moved:
             metrics = record.round_at(rnd)(state, rnd, ledger)
             drew = moved()
+        fine = f"Metrics: a round of {record.name!r} ends with `return metrics`"
+        require(isinstance(metrics, Metrics), "the round's result", metrics, fine)
         if len(attendance.clients) < len(state.data):
             require_only_present(state, ledger.transfers[sent:])
         rates = state.clients[0].lr, state.servers[0].lr

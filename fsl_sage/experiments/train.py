@@ -212,9 +212,11 @@ def train_rounds(
 ) -> tuple[str, str | None]:  # as `History.stopped`; what went wrong, if the run has diverged
     "Make, evaluate and write down the rounds that are left."
     experiment, ledger, left = run.state.experiment, run.ledger, run.state.experiment.rounds - run.done.next_round
-    over, said = ended(run.done, experiment, ledger), dict[str, str]()
+    over, said, first = ended(run.done, experiment, ledger), dict[str, str](), run.done.next_round
     bar = tqdm(() if over else rounds(run), experiment.algorithm.name, left, unit="round", disable=not progress)
     for made in bar:
+        if saver.path and made.number == first:
+            require_kept(run.state)  # a round may have put into the state what no checkpoint can hold
         due, stop = is_due(experiment, ledger, made.number), False
         results = run.bench.accuracies(run.state, due)
         if bad := trouble(made, results, due):

@@ -10,6 +10,7 @@ __all__ = ['Packed', 'OVER', 'PASSES', 'AT_PLACES', 'CODECS', 'Signature', 'pack
 
 # %% ../../nbs/16b_networks.codecs.ipynb #7f75dcce
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -327,6 +328,9 @@ def _signature(packed: Packed) -> Signature:
 def _due(codec: Codec, config: Any, shape: torch.Size, dtype: torch.dtype, answers: bool) -> Signature:
     zeros = torch.zeros(shape, dtype=dtype)
     packed = codec.encode(zeros, config, generator(0, "due"))
+    fine = "a codec that encodes a tensor as a dict of tensors by name"
+    named = isinstance(packed, dict) and all(isinstance(tensor, Tensor) for tensor in packed.values())
+    require(named, "codec.name", config.name, fine)
     return _signature(codec.answer.encode(zeros, packed) if answers and codec.answer else packed)
 
 # %% ../../nbs/16b_networks.codecs.ipynb #02949902
@@ -342,6 +346,11 @@ class Coder:
     sent: dict[int, tuple[Tensor, Packed]] = field(default_factory=dict)  # client → its last tensor, also packed
     messages: Numbered = field(default_factory=Numbered)
 
+    @property
+    def settings(self) -> str:
+        "The dotted name of its settings in an experiment."
+        return "codec.smashed" if self.asked is None else "codec.cut_grad"
+
     def pack(
         self,
         value: Tensor,  # (batch, …); on meta if another machine has its numbers
@@ -355,7 +364,7 @@ class Coder:
         else:
             packed = _encoded(self, value.detach(), client, stream)
             fine = f"a codec whose lengths follow from the shape; it has packed {tuple(value.shape)} in another form"
-            require(_signature(packed) == due, f"codec.{self.kind}.name", self.config.name, fine)
+            require(_signature(packed) == due, f"{self.settings}.name", self.config.name, fine)
         if self.asked is None:
             self.sent[client] = value.detach(), packed
         return packed
@@ -369,7 +378,7 @@ class Coder:
         "The receiver's tensor. `ValueError` if the codec gives another shape."
         arrived = _decoded(self, packed, like, client)
         fine = f"a codec that gives back {tuple(like.shape)}"
-        require(arrived.shape == like.shape, f"codec.{self.kind}.name", self.config.name, fine)
+        require(arrived.shape == like.shape, f"{self.settings}.name", self.config.name, fine)
         if self.asked is None:
             self.sent[client] = self.sent[client][0], packed
         elif weight := self.asked.config.correction:
@@ -387,7 +396,10 @@ def due_of(
     if coder.config.plain:
         return (("", dtype, shape),)
     of = coder.asked if coder.answers else coder  # the smashed data's settings decide how many places there are
-    return _due(CODECS[of.config.name], of.config, shape, dtype, coder.answers)
+    try:
+        return _due(CODECS[of.config.name], of.config, shape, dtype, coder.answers)
+    except ValueError as error:  # a codec does not know whose settings it has
+        raise ValueError(re.sub(r"^codec\.", f"{of.settings}.", str(error))) from error
 
 
 def _stream(coder: Coder, rnd: int, client: int) -> torch.Generator:
