@@ -184,7 +184,7 @@ class Fleet(Sequence[Part]):
             slot.load(state)
         self._rest.load_models(state)
 
-
+# %% ../../nbs/27_algorithms.fleet.ipynb #82555638
 def on_device(
     parts: Sequence[Part],  # one per client, or a fleet
 ) -> Sequence[Part]:

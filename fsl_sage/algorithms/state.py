@@ -357,7 +357,7 @@ def own_steps(
         return [max(1, passes - settings.first_round * steps) for steps in each]
     return [rounds * steps for steps in each]
 
-
+# %% ../../nbs/29_algorithms.state.ipynb #d4a47cda
 def part_options(
     experiment: Experiment,
     data: Sequence[LocalData],  # one per client

@@ -42,7 +42,7 @@ def _batch_norm_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | 
 
 LIGHT = {_aten.native_batch_norm.default: _batch_norm, _aten.native_batch_norm_backward.default: _batch_norm_backward}
 
-
+# %% ../../nbs/38_costs.table.ipynb #17a8cef7
 class CountFlops(TorchDispatchMode):
     "Counts the FLOPs of the block, also those of second derivatives."
 

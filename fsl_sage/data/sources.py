@@ -260,7 +260,7 @@ def _forms(name: str) -> str:
     "What a folder may hold."
     return E2E_FORMS if name == "e2e" else FORMS
 
-
+# %% ../../nbs/08_data.sources.ipynb #01abfe39
 def find_arrays(
     name: str,  # of a data set, known or the user's own
     root: Path,  # from `data_root`

@@ -9,6 +9,7 @@ __all__ = ['RUN', 'STORE_FORMAT', 'TABLES', 'PARSERS', 'MOST', 'PROVENANCE', 'NU
 
 # %% ../../nbs/48_experiments.store.ipynb #eb107ea6
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -254,10 +255,10 @@ def read_run(
 
 # %% ../../nbs/48_experiments.store.ipynb #68dceec4
 def _not_written(parent: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"runs cannot be stored in {parent} ({error.strerror or error}): make it a folder that can be written, or "
-        "point FSL_SAGE_RUNS to one"
-    )
+    said = f"runs cannot be stored in {parent} ({error.strerror or error})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(f"{said}: make room there, or point FSL_SAGE_RUNS to another folder")
+    return StoreError(f"{said}: make it a folder that can be written, or point FSL_SAGE_RUNS to one")
 
 
 def _empty_folder(parent: Path, name: str) -> Path:

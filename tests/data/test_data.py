@@ -231,7 +231,7 @@ WRONG = {
     "x_train must be uint8, is float32": {"x_train": np.zeros((20, 8, 8), np.float32)},
     "x_train must have shape": {"x_train": np.zeros((20, 64), np.uint8)},
     "1 to 4 channels": {"x_train": np.zeros((20, 3, 8, 8), np.uint8)},
-    "x_test must have shape": {"x_test": np.zeros((0, 8, 8), np.uint8), "y_test": np.zeros(0, int)},
+    "x_test holds no image": {"x_test": np.zeros((0, 8, 8), np.uint8), "y_test": np.zeros(0, int)},
     "training images are .* test images": {"x_test": np.zeros((10, 8, 9), np.uint8)},
     r"y_train has shape \(19,\) for the 20 images": {"y_train": np.zeros(19, int)},
     r"y_test has shape \(10, 10\)": {"y_test": np.eye(10, dtype=int)},
