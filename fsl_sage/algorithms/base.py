@@ -195,14 +195,14 @@ def each_client(
     fleets = [parts for parts in (state.clients, state.servers, state.auxes) if isinstance(parts, Fleet)]
     workers = min([torch.get_num_threads(), len(state.present), *(len(fleet.slots) for fleet in fleets)])
     own = ("algorithm", state.experiment.algorithm.name) in PLUGGED
-    if workers == 1 or state.device.type != "cpu":
-        yield from map(_streaming(state, work) if own else work, state.present)
-        return
 
     def at_work(i: int) -> T:
         with _pinned(state, i):
             return work(i)
 
+    if workers == 1 or state.device.type != "cpu":
+        yield from map(_streaming(state, at_work) if own else at_work, state.present)
+        return
     for i, result in zip(state.present, _in_threads(state, at_work, own, workers), strict=True):
         with _pinned(state, i):  # while others work, and need a place
             yield result
