@@ -296,10 +296,9 @@ def import_runs(
             new = bring(store, run.folder, commit)
             if new:
                 shutil.rmtree(run.folder, ignore_errors=True)
-                model, own = model_of(run.folder.parent, run.folder.name), model_of(store, run.folder.name)
-                if model.is_file() and not own.exists():
-                    own.parent.mkdir(exist_ok=True)
-                    shutil.move(model, own)
+                model = model_of(run.folder.parent, run.folder.name)
+                if not model.parent.is_symlink():
+                    remove(model)
             lines.append(f"{run.folder.name}: {'taken in' if new else 'is here already'}")
     if bad:
         raise StoreError("\n".join([*lines, *bad]))
@@ -312,7 +311,8 @@ def text_for(
     "What the command prints. `StoreError` if the store cannot be used, `ValueError` for a wrong argument."
     load_plugins(args.plugins)
     store = RunStore(args.runs).root
-    require(args.runs is None or store.is_dir(), "--runs", str(store), "a folder with runs")
+    made = args.command == "import" or args.runs is None
+    require(made or store.is_dir(), "--runs", str(store), "a folder with runs")
     if args.command == "list":
         return list_runs(store, args.filters)
     if args.command == "show":

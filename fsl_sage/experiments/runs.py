@@ -8,6 +8,7 @@ __all__ = ['bring', 'RunStore']
 # %% ../../nbs/52_experiments.runs.ipynb #09d1a245
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from ..config.experiment import Experiment
-from ..core import require
+from ..core import atomic_path, require
 from .attempt import RunDigests, run_name
 from .pool import train_missing
 from .provenance import provenance
@@ -43,7 +44,7 @@ def bring(
     folder: Path,  # of a run, called by its hash; stays
     commit: str | None = None,  # of the code that made it, for a provenance without one
 ) -> bool:  # False: the store has this run, which stays
-    "Add a run that was stored elsewhere. `StoreError` if it cannot be used."
+    "Add a run that was stored elsewhere, and its model if it was kept. `StoreError` if it cannot be used."
     history, made_with = read_whole(folder)
     name = run_name(store, history.experiment, history.data) if history.data else folder.name
     place = (store / "diverged" if history.stopped == "diverged" else store) / name
@@ -52,6 +53,10 @@ def bring(
             return False
         put_run(place, history, made_with | ({"commit": commit} if commit and not made_with["commit"] else {}))
         remove(checkpoint_of(store, name))
+        model, own = model_of(folder.parent, folder.name), model_of(store, name)
+        if model.is_file() and not model.is_symlink() and not model.parent.is_symlink():
+            with atomic_path(own) as whole:
+                shutil.copyfile(model, whole)
     return True
 
 # %% ../../nbs/52_experiments.runs.ipynb #db0c3163
