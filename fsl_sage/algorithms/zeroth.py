@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Address', 'TWO_POINT', 'SLOW_RATE', 'SLOW', 'HERON', 'WITH_MOVED', 'MOVED', 'SLOPES', 'SLOW_CLIENTS', 'HO_SFL',
-           'HOSL', 'ZerothSettings', 'HeronSettings', 'addresses_of', 'directions_of', 'moved', 'step_along',
-           'auxiliary_loss', 'two_point_step', 'heron_round', 'moved_pass', 'change_along', 'share_step',
+           'HOSL', 'ZerothSettings', 'HeronSettings', 'addresses_of', 'directions_of', 'moved', 'count_step',
+           'step_along', 'auxiliary_loss', 'two_point_step', 'heron_round', 'moved_pass', 'change_along', 'share_step',
            'ho_sfl_round', 'hosl_round']
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #12b09950
@@ -92,6 +92,15 @@ def moved(
             parameter.copy_(before)
 
 
+def count_step(
+    parts: Sequence[Part],  # that make a step here or on another machine
+) -> None:
+    "Move their schedules in steps on."
+    for part in parts:
+        if part.schedule is not None:
+            part.schedule.step()
+
+
 @torch.no_grad()
 def step_along(
     parts: Sequence[Part],  # changed in place, each at its own rate
@@ -102,9 +111,7 @@ def step_along(
     for address, slope in zip(addresses, slopes, strict=True):
         for part, parameter, direction in directions_of(parts, address):
             parameter.add_(direction, alpha=-part.lr * slope / len(addresses))  # (2)
-    for part in parts:
-        if part.schedule is not None:
-            part.schedule.step()
+    count_step(parts)
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #199d9465
 def auxiliary_loss(
@@ -158,6 +165,8 @@ def heron_round(
             addresses = addresses_of(seed, config, i, rnd, s)
             elsewhere = x.is_meta  # the client is another machine: here its tensors have shapes, no numbers
             value = loss() if elsewhere else two_point_step(loss, [client, aux], addresses, config.smoothing)
+            if elsewhere:
+                count_step([client, aux])
             metrics.loss(i, s, value, at="aux")
 
     for i, s, smashed, labels in arrivals(state, client_steps):
@@ -229,7 +238,9 @@ def share_step(
     for i, client in enumerate(state.clients):
         own = arrived.get(i, mean)
         own = mean if own.is_meta else own
-        if not own.is_meta:  # else the client is another machine
+        if own.is_meta:  # the client is another machine
+            count_step([client])
+        else:
             step_along([client], addresses, own.tolist())
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #66c31693
@@ -288,7 +299,9 @@ def hosl_round(
             metrics.loss(i, s, loss)
             slopes = link.down(scalars=(torch.stack(losses) - loss) / config.smoothing) if losses else loss  # (6)
             # The client steps along its directions.
-            if losses and not slopes.is_meta:
+            if losses and slopes.is_meta:
+                count_step([client])
+            elif losses:
                 step_along([client], addresses, slopes.tolist())  # (2)
     # Client halves are averaged.
     aggregate(state, rnd, ledger, client_model=state.clients)

@@ -316,7 +316,7 @@ PIXELS, CLASSES = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4) % 2
         ({"x_train": np.full((4, 8, 8, 3), np.nan)}, "x_train must be uint8"),
         ({"y_train": CLASSES + 0.5}, "y_train must be whole numbers"),
         ({"y_train": CLASSES[:3]}, "y_train has shape (3,) for the 4 images"),
-        ({"x_train": PIXELS[:0], "y_train": CLASSES[:0]}, "x_train must have shape"),
+        ({"x_train": PIXELS[:0], "y_train": CLASSES[:0]}, "x_train holds no image"),
         ({"x_train": PIXELS[0]}, "y_train has shape (4,) for the 8 images"),
     ],
 )

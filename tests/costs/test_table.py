@@ -75,7 +75,8 @@ def test_every_algorithm_has_words_for_its_cost():
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6)])
 def test_the_shapes_of_batch_norm_are_those_that_pytorch_finds(shape, mask):
     x, (weight, bias) = torch.empty(shape, device="meta"), torch.empty(2, 3, device="meta")
-    forward, backward = table.aten.native_batch_norm.default, table.aten.native_batch_norm_backward.default
+    aten = torch.ops.aten
+    forward, backward = aten.native_batch_norm.default, aten.native_batch_norm_backward.default
     how = x, weight, bias, None, None, True, 0.1, 1e-5
     out, mean, scale = forward(*how)
     back = torch.empty_like(out), x, weight, None, None, mean, scale, True, 1e-5, mask

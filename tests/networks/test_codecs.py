@@ -135,7 +135,7 @@ def test_nonsense_that_is_packed_is_refused():
     packed = of.pack(x, 0, 0)
     with pytest.raises(ValueError, match="from 0 to 4"):
         of.unpack(packed | {"codes": torch.full_like(packed["codes"], 255)}, x, 0)
-    with pytest.raises(ValueError, match=r"codec.pieces=8: .*21 numbers"):
+    with pytest.raises(ValueError, match=r"codec\.smashed\.pieces=8: .*21 numbers"):
         coder(name="product", pieces=8).pack(x, 0, 0)
 
 
