@@ -140,13 +140,16 @@ def whole_step(
 T = TypeVar("T")
 
 
+def _fleets(state: State) -> list[Fleet]:
+    return [parts for parts in (state.clients, state.servers, state.auxes) if isinstance(parts, Fleet)]
+
+
 @contextmanager
 def _pinned(state: State, i: int) -> Iterator[None]:
     "Client `i`'s parts stay on the device in the block, once they are used."
     with ExitStack() as pinned:
-        for parts in (state.clients, state.servers, state.auxes):
-            if isinstance(parts, Fleet):
-                pinned.enter_context(parts.pinned(i))
+        for fleet in _fleets(state):
+            pinned.enter_context(fleet.pinned(i))
         yield
 
 
@@ -192,8 +195,7 @@ def each_client(
     work: Callable[[int], T],  # the work of client i; changes nothing of the others
 ) -> Iterator[T]:  # in the order of the clients
     "Do `work` for every present client, in threads on a CPU with several cores."
-    fleets = [parts for parts in (state.clients, state.servers, state.auxes) if isinstance(parts, Fleet)]
-    workers = min([torch.get_num_threads(), len(state.present), *(len(fleet.slots) for fleet in fleets)])
+    workers = min([torch.get_num_threads(), len(state.present), *(len(fleet.slots) for fleet in _fleets(state))])
     own = ("algorithm", state.experiment.algorithm.name) in PLUGGED
 
     def at_work(i: int) -> T:

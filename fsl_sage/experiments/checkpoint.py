@@ -182,7 +182,7 @@ def save_checkpoint(
     "Write a run between two rounds. A failure leaves the previous file unchanged, and raises `OSError`."
     extra: dict[str, Tensor] = {}
     own = {name: _flatten(value, f"own.{name}", extra) for name, value in own_fields(state).items()}
-    extra = {name: tensor.detach().to("cpu", copy=True) for name, tensor in extra.items()}
+    extra = {name: _copy(tensor) for name, tensor in extra.items()}
     tensors = _tensors(state) | extra | {f"beside.{name}": tensor for name, tensor in (beside or {}).items()}
     plain = {
         "format": FORMAT,
