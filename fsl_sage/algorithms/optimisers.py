@@ -49,7 +49,7 @@ def _scheduler(
     optimizer: torch.optim.Optimizer, schedule: SchedulerConfig | None, rounds: int | None
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
     "The schedule of `optimizer`'s rate per round; None if there is none."
-    if schedule is None or schedule.name == "warmup_linear":  # a `StepSchedule`, in steps
+    if schedule is None or schedule.in_steps:  # a `StepSchedule`
         return None
     if schedule.name == "step":
         return torch.optim.lr_scheduler.StepLR(optimizer, schedule.step_size, schedule.gamma)
@@ -116,7 +116,7 @@ def make_part(
     optimizer, schedule = _optimizer(parameters, config), None
     learns = any(parameter.requires_grad for parameter in parameters)
     scheduler = _scheduler(optimizer, config.scheduler if learns else None, rounds)
-    if config.scheduler is not None and config.scheduler.name == "warmup_linear":
+    if config.scheduler is not None and config.scheduler.in_steps:
         total = config.scheduler.total_steps
         schedule = StepSchedule(optimizer, config.scheduler.warmup_steps, totals if total is None else (total,))
     frozen = [name for name, parameter in model.named_parameters() if keeps and not parameter.requires_grad]

@@ -41,7 +41,7 @@ class ScaffoldSettings(Settings):
         why = f"for {self.name!r}, which takes a client's mean gradient from the way that its half has gone"
         require(own.name == "sgd", f"{prefix}.name", own.name, f"'sgd' {why}")
         require(own.momentum == 0, f"{prefix}.momentum", own.momentum, f"0 {why}")
-        changing = own.scheduler is not None and own.scheduler.name == "warmup_linear"
+        changing = own.scheduler is not None and own.scheduler.in_steps
         require(not changing, f"{prefix}.scheduler.name", "warmup_linear", f"a schedule in rounds {why}")
 
     def between_machines(self) -> None:

@@ -368,7 +368,7 @@ def part_options(
     totals = own_steps(experiment, data, kind, servers)
     if totals is None:
         schedule = getattr(experiment.model, NAMES[kind]).optimizer.scheduler
-        given = schedule is None or schedule.name != "warmup_linear" or schedule.total_steps is not None
+        given = schedule is None or not schedule.in_steps or schedule.total_steps is not None
         fine = f"a number for {experiment.algorithm.name!r}, whose {kind} makes steps that are not known beforehand"
         require(given, f"model.{NAMES[kind]}.optimizer.scheduler.total_steps", None, fine)
     own = {"rounds": experiment.rounds, "precision": experiment.precision}

@@ -105,10 +105,10 @@ def count_step(
 def step_along(
     parts: Sequence[Part],  # changed in place, each at its own rate
     addresses: Sequence[Address],  # one a direction
-    slopes: Sequence[float],  # likewise
+    slopes: Tensor,  # (P,): one a direction; on meta another machine makes the step
 ) -> None:
     "θ ← θ − (η/P) Σ v_p u_p"
-    for address, slope in zip(addresses, slopes, strict=True):
+    for address, slope in () if slopes.is_meta else zip(addresses, slopes.tolist(), strict=True):
         for part, parameter, direction in directions_of(parts, address):
             parameter.add_(direction, alpha=-part.lr * slope / len(addresses))  # (2)
     count_step(parts)
@@ -139,8 +139,8 @@ def two_point_step(
         for end in (smoothing, -smoothing):
             with moved(parts, address, end):
                 losses.append(loss())
-        slopes.append(float(losses[-2] - losses[-1]) / (2 * smoothing))  # (1)
-    step_along(parts, addresses, slopes)
+        slopes.append((losses[-2] - losses[-1]).double() / (2 * smoothing))  # (1)
+    step_along(parts, addresses, torch.stack(slopes))
     return torch.stack(losses).mean()
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #a543ed63
@@ -237,11 +237,7 @@ def share_step(
     arrived = {i: ledger.link(rnd, i).down(scalars=mean) for i in state.present}
     for i, client in enumerate(state.clients):
         own = arrived.get(i, mean)
-        own = mean if own.is_meta else own
-        if own.is_meta:  # the client is another machine
-            count_step([client])
-        else:
-            step_along([client], addresses, own.tolist())
+        step_along([client], addresses, mean if own.is_meta else own)
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #66c31693
 def ho_sfl_round(
@@ -299,10 +295,8 @@ def hosl_round(
             metrics.loss(i, s, loss)
             slopes = link.down(scalars=(torch.stack(losses) - loss) / config.smoothing) if losses else loss  # (6)
             # The client steps along its directions.
-            if losses and slopes.is_meta:
-                count_step([client])
-            elif losses:
-                step_along([client], addresses, slopes.tolist())  # (2)
+            if losses:
+                step_along([client], addresses, slopes)  # (2)
     # Client halves are averaged.
     aggregate(state, rnd, ledger, client_model=state.clients)
     return metrics

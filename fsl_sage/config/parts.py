@@ -26,7 +26,7 @@ from ..networks.zoo import MODELS, NORMS
 # %% ../../nbs/24_config.parts.ipynb #87380fb5
 @dataclass(frozen=True)
 class SchedulerConfig:
-    "A learning-rate schedule, in rounds."
+    "A learning-rate schedule, in rounds or in steps."
 
     name: str = "multistep"  # multistep, step, fraction, cyclic, cosine, warmup; or warmup_linear, in steps
     milestones: tuple[int, ...] = ()  # multistep: the rounds of its drops
@@ -57,6 +57,11 @@ class SchedulerConfig:
         others = {"fraction": ("gamma", "early"), "warmup_linear": ("total_steps",), "warmup": ()}
         more = others.get(self.name, ("gamma",))
         forget_unused(self, ("name", own[self.name], *more))
+
+    @property
+    def in_steps(self) -> bool:
+        "Whether the rate changes in steps instead of rounds."
+        return self.name == "warmup_linear"
 
 # %% ../../nbs/24_config.parts.ipynb #00556e04
 @dataclass(frozen=True)

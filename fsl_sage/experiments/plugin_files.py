@@ -13,7 +13,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
@@ -62,11 +62,15 @@ def _check_parts(source: Source) -> None:
     require(bool(parts), "plug-in", source.home, fine)
 
 # %% ../../nbs/55_experiments.plugin_files.ipynb #d4bf84f4
-def _line(error: BaseException, path: str) -> int | None:
-    "The last line of the file `path` in the error's traceback."
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return error.lineno
-    return next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == path), None)
+def _place(
+    error: BaseException,
+    files: Container[str],  # their paths
+) -> str:  # empty: none of them
+    "The last place of the error's traceback in one of the files."
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(frame.filename, frame.lineno) for frame in frames]
+    places += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
+    return next((f"{file}, line {line}" for file, line in reversed(places) if file in files), "")
 
 
 def _run(source: Source) -> None:
@@ -84,8 +88,7 @@ def _run(source: Source) -> None:
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        line = _line(error, source.home)
-        raise PluginError(f"{path}{f', line {line}' if line else ''}: {what}") from error
+        raise PluginError(f"{_place(error, [source.home]) or path}: {what}") from error
 
 
 def _check_imports(source: Source, new: set[str]) -> None:
@@ -120,11 +123,10 @@ def part_error(
     error: Exception,
 ) -> Exception:  # `error`, if it comes from elsewhere or is a refusal of `core.require`
     "Say where in a plug-in's file an error has come up."
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if any(frame.filename in source.files for source in FILES.values())]
-    if not own or frames[-1].name in ("require", "one_of"):
+    place = _place(error, {file for source in FILES.values() for file in source.files})
+    if not place or traceback.extract_tb(error.__traceback__)[-1].name in ("require", "one_of"):
         return error
-    found = PartError(f"{own[-1].filename}, line {own[-1].lineno}: {type(error).__name__}: {error}")
+    found = PartError(f"{place}: {type(error).__name__}: {error}")
     found.__cause__ = error
     return found
 

@@ -87,7 +87,7 @@ def test_clients_of_ho_sfl_stay_equal_to_the_last_bit_and_send_no_model():
 def test_equal_seeds_give_equal_directions_wherever_they_are_drawn():
     client, other = (linear(torch.zeros(2, 3).double()) for _ in range(2))
     config = preset("smoke", "ho_sfl").algorithm
-    addresses, slopes = addresses_of(200, config, 5, 1), [1.0, -2.0]
+    addresses, slopes = addresses_of(200, config, 5, 1), torch.tensor([1.0, -2.0])
     step_along([client], addresses, slopes)
     step_along([other], addresses, slopes)
     assert torch.equal(client.model.weight, other.model.weight)
