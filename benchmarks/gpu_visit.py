@@ -140,8 +140,33 @@ def farthest(one: Any, other: Any) -> float:
     return float(gaps.max().max())
 
 
+def twice(run: Any, device: str) -> dict[str, Any]:
+    """How far two runs of one seed are from each other, as PyTorch stands and with kernels that repeat themselves."""
+    import warnings
+
+    import torch
+
+    from fsl_sage.experiments.train import train
+
+    found: dict[str, Any] = {}
+    for how in ("as it stands", "cudnn", "all"):
+        torch.backends.cudnn.deterministic = how != "as it stands"
+        torch.use_deterministic_algorithms(how == "all", warn_only=True)  # tells of operations that have no such kernel
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            one, other = (train(run, device, progress=False) for _ in range(2))
+        said = sorted({str(warning.message)[:200] for warning in caught})
+        found[how] = {"far": farthest(other, one), "seconds": round(other.seconds, 2), "warned": said}
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    return found
+
+
 def step_smoke(args: argparse.Namespace) -> None:
-    """Every algorithm, here and on the CPU: equal bytes, nearly equal losses; twice; resumed; other precisions."""
+    """Every algorithm, here and on the CPU: equal bytes, nearly equal losses; twice; resumed; other precisions.
+
+    Before that, one method at the published size twice from one seed.
+    """
     import torch
 
     from fsl_sage.algorithms.all import ALGORITHMS
@@ -155,7 +180,10 @@ def step_smoke(args: argparse.Namespace) -> None:
                 raise KeyboardInterrupt
 
     torch.set_num_threads(1 if args.tiny else 4)
-    found: dict[str, Any] = {}
+    size = {"model.width": 4, "num_clients": 2, "dataset.max_train": 120} if args.tiny else {"dataset.max_train": 5000}
+    size |= {"dataset.name": "fmnist_mini", "dataset.max_test": 200, "rounds": 1, "algorithm.align_epochs": 10}
+    found = {"one seed twice": twice(preset("paper", "fsl_sage", **size), args.device)}
+    note("smoke", found)
     joint = ("ssl", "psl", "sfl", "sglr")
     for name in ("fsl_sage",) if args.tiny else ALGORITHMS:
         changes = {} if name in joint else {"dataset.max_train": 120 if args.tiny else 300}

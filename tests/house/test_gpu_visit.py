@@ -99,6 +99,9 @@ def test_every_check_passes_without_the_packages_that_are_missing_there(machine)
     assert traces["simple_conv-cse_fsl"]["worst"] < 1e-7
     assert smoke["fsl_sage"]["same_bytes"] and smoke["fsl_sage"]["twice_equal"]
     assert smoke["fsl_sage"]["far_from_cpu"] == smoke["fsl_sage"]["resumed_far"] == 0
+    assert {how: row["far"] for how, row in smoke["one seed twice"].items()} == dict.fromkeys(
+        ("as it stands", "cudnn", "all"), 0.0
+    )
 
 
 @pytest.mark.slow
