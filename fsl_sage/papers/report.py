@@ -88,8 +88,8 @@ FACTS = ("alt", "preset", "seeds", "hardware", "versions", "commit", "modified",
 
 def read_picture(
     png: Path,
-) -> dict[str, Any]:  # FACTS and name, source, width, height
-    "A picture and its facts. `ValueError` if the file beside it is missing or does not say what the picture shows."
+) -> dict[str, Any]:  # FACTS and name, width, height
+    "A picture's size and its facts. `ValueError` if the file beside it is missing or does not say what the picture shows."
     path = png.with_suffix(".json")
     again = "make it again"
     require(path.is_file(), "gallery", png.name, f"accompanied by {path.name}, which says what it shows: {again}")
@@ -99,8 +99,7 @@ def read_picture(
     require(bool((facts["alt"] or "").strip()), f"alt in {path.name}", facts["alt"], f"what the picture shows: {again}")
     with Image.open(png) as image:
         width, height = image.size
-    source = f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
-    return dict.fromkeys(NEWER) | facts | {"name": png.stem, "source": source, "width": width, "height": height}
+    return dict.fromkeys(NEWER) | facts | {"name": png.stem, "width": width, "height": height}
 
 # %% ../../nbs/73_papers.report.ipynb #6302521a
 def owner(
