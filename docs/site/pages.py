@@ -170,9 +170,12 @@ def claims() -> str:
 def verdicts(claims: pd.DataFrame) -> str:
     "A table of claims, some rows of the ledger."
     rows = ["| claim | published | ours | verdict |", "|---|---|---|---|"]
-    for claim in claims.to_dict("records"):
-        order = claim["kind"] == "order"
+    runs = claims[["kind", "metric", "value", "variant", "ours", "deviation", "n"]].astype(str).agg("/".join, axis=1)
+    cells = runs.where(claims.deviation.notna(), claims.index.astype(str))  # those of one setting have the same runs
+    for place, claim in claims[~cells.duplicated()].to_dict("index").items():
+        order, more = claim["kind"] == "order", int((cells == cells[place]).sum()) - 1
         statement = claim["statement"] or f"{claim['metric'].replace('_', ' ')} at `{claim['setting']}`"
+        statement += f" and {more} more cells of one setting" if more else ""
         statement += f" ({claim['variant']})" if claim["variant"] else ""
         value = "" if order else f"{number(claim['value'])} {claim['unit']}"
         ours = "" if order else measured(claim["ours"], claim["deviation"], claim["n"])

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from ..networks.auxiliary import auxiliary_model
 from ..algorithms.state import clients_differ, decoder_of, example_batch
@@ -207,12 +208,13 @@ def estimate(
     runs = list(dict.fromkeys(run for asked in figures.values() for run in asked))
     kinds = {run: (run.model.name, run.model.width, run.model.client.batch_size) for run in runs}
     one_each = {kind: run for run, kind in kinds.items()}
-    rates = {kind: speed(run, seconds / len(one_each)) for kind, run in one_each.items()}
-    rows = []
+    shown = {"disable": None, "leave": False}  # a bar on a terminal alone
+    measured = tqdm(one_each.items(), "measuring this machine", unit="network", **shown)
+    rates, rows = {kind: speed(run, seconds / len(one_each)) for kind, run in measured}, []
     for name, asked in figures.items():
         trunks = {run: trunk_of(run) for run in asked}
         begun = {run: trunk[1] for run, trunk in trunks.items() if trunk and trunk[0] in trunks}
-        counts = {run: count(run, begun.get(run, 0)) for run in trunks}
+        counts = {run: count(run, begun.get(run, 0)) for run in tqdm(trunks, name, unit="run", **shown)}
         work = {run: c["training"] + c["alignment"] + c["evaluation"] for run, c in counts.items()}
         rows.append({
             "figure": name, "runs": len(counts), "PFLOP": sum(work.values()) / 1e15,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..algorithms.sglr import epsilon
 from ..config.experiment import Experiment
+from ..config.settings import record_of
 from ..core import arithmetic, generator, require
 from ..data.batches import eval_batches
 from ..data.images import Images
@@ -224,6 +225,11 @@ def release_epsilon(
     experiment: Experiment,
     delta: float,  # δ in (0, 1)
 ) -> float:  # ε; infinite without noise
-    "The ε of all releases of a sample's smashed data. `ImportError` without the extra `privacy`."
-    releases = experiment.rounds * experiment.model.client.epoch
-    return epsilon(experiment.defence.noise, releases, delta)
+    """The ε of all releases of a sample's smashed data. `ImportError` without the extra `privacy`.
+
+    `ValueError` for an algorithm whose record does not say how often smashed data go up."""
+    cost, passes = record_of(experiment).cost, experiment.rounds * experiment.model.client.epoch
+    uploads = cost.up.get("smashed") if cost else None
+    fine = "one whose record says how often smashed data go up"
+    require(uploads is not None, "algorithm.name", experiment.algorithm.name, fine)
+    return epsilon(experiment.defence.noise, passes * uploads.of(experiment.algorithm, [1]), delta)

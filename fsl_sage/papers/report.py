@@ -29,7 +29,7 @@ from markupsafe import Markup
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from PIL import Image
 
-from .verdicts import VERDICTS
+from .verdicts import AS_PUBLISHED, VERDICTS
 from .standing import VERSUS, count_verdicts, gather, judge, read_versus
 from ..core import atomic_path, require
 
@@ -89,7 +89,7 @@ FACTS = ("alt", "preset", "seeds", "hardware", "versions", "commit", "modified",
 def read_picture(
     png: Path,
 ) -> dict[str, Any]:  # FACTS and name, width, height
-    "A picture's size and its facts. `ValueError` if the file beside it is missing or does not say what the picture shows."
+    "A picture's size and facts. `ValueError` if the file beside it is missing or does not say what the picture shows."
     path = png.with_suffix(".json")
     again = "make it again"
     require(path.is_file(), "gallery", png.name, f"accompanied by {path.name}, which says what it shows: {again}")
@@ -159,12 +159,12 @@ def measured(
     mean: float,  # NaN: some run has no value
     deviation: float,  # over the runs; NaN: one run
     n: int,  # runs
-) -> str:  # for instance "0.834 ± 0.002, n = 3"
-    "Mean ± deviation over n runs."
+) -> str:  # for instance "0.834 (s = 0.002, n = 3)"
+    "Mean, standard deviation s and number n of runs."
     if n == 0:
         return "–"
-    scatter = "" if math.isnan(deviation) else f" ± {deviation:.2g}"
-    return f"{'none' if math.isnan(mean) else number(mean) + scatter}, n = {n:.0f}"
+    scatter = "" if math.isnan(deviation) else f"s = {deviation:.2g}, "
+    return f"{'none' if math.isnan(mean) else number(mean)} ({scatter}n = {n:.0f})"
 
 
 def duration(
@@ -213,7 +213,7 @@ def build_report(
     page = template.render(
         groups=by_paper(figures), presets={picture["preset"] for figure in figures for picture in figure["pictures"]},
         ledger=ledger.to_dict("records"), counts=count_verdicts(ledger), verdicts=VERDICTS, papers=PAPERS,
-        measured=measured,
+        measured=measured, as_published=AS_PUBLISHED,
     )  # fmt: skip
     with atomic_path(gallery / "index.html") as path:
         path.write_text(page, encoding="utf-8")

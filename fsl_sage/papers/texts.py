@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .standing import PUBLISHED, VERSUS, gather, settings_tested
+from .standing import COUNTED, PUBLISHED, VERSUS, gather, settings_tested
 from .claims import published
 from ..core import atomic_path, one_of, require
 from .plots import interval, median_reach, paired
@@ -191,19 +191,25 @@ def statements(
 
 def tested(
     ledger: pd.DataFrame,  # from `standing.gather`
-) -> dict[str, int]:  # total, tested, holds, differs, undecided
+) -> dict[str, int]:  # total; tested, holds, differs, undecided; of those that hold: counted, by_code; others
     "How many published numbers have been tested at the published setting, each setting once."
-    verdicts = settings_tested(ledger)
-    counts = {word: int((verdicts == word).sum()) for word in ("holds", "differs", "undecided")}
-    return {"total": len(verdicts), "tested": sum(counts.values()), **counts}
+    settings = settings_tested(ledger)
+    holds = settings[settings.verdict == "holds"]
+    counts = {word: int((settings.verdict == word).sum()) for word in ("holds", "differs", "undecided")}
+    return counts | {
+        "total": len(settings), "tested": sum(counts.values()), "counted": int(holds.metric.isin(COUNTED).sum()),
+        "by_code": int(holds.source.str.contains("released code").sum()),
+        "others": int((~settings.paper.isin(["sage", "sglr"])).sum()),
+    }  # fmt: skip
 
 
 def counted(
     ledger: pd.DataFrame,  # from `standing.gather`
-) -> dict[str, int]:  # total, equal
+) -> dict[str, int]:  # total; of these equal, by_code
     "How many published numbers follow by counting, and how many of these we count as the paper does."
     rows = ledger[(ledger.figure == "counted") & (ledger.kind == "number")]
-    return {"total": len(rows), "equal": int((rows.verdict == "holds").sum())}
+    by_code = rows.source.str.contains("released code")
+    return {"total": len(rows), "equal": int((rows.verdict == "holds").sum()), "by_code": int(by_code.sum())}
 
 # %% ../../nbs/74_papers.texts.ipynb #6f268d8e
 def headline(

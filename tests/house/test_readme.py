@@ -73,7 +73,7 @@ def test_what_there_is_is_listed():
 PROMISES = {  # words of README → what holds them
     "come out to a relative 1e-7 or better": "test_traces.py::test_trace",
     "The totals are those of the released code at the headline settings": "test_properties.py::test_published_bytes",
-    "the published 2.613, 40.078 and 8.029 MiB": "nbs/20_networks.zoo.ipynb::== 2.613",
+    "the released code's 2.613, 40.078 and 8.029 MiB": "nbs/20_networks.zoo.ipynb::== 2.613",
     "SGLR's Table 6 follows from the ledger": "test_sglr.py::test_ledger_is_table_6",
     "**Same seed, same history**": "test_properties.py::test_same_seed_same_history",
     "also when a run is killed and resumed": "test_runs.py::test_killed_many_times_the_history_is_the_same",

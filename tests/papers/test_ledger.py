@@ -4,6 +4,7 @@ import re
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from fsl_sage.commands.figures import plan
 from fsl_sage.costs.estimate import estimate
@@ -21,6 +22,7 @@ from fsl_sage.papers.standing import (
     settings_tested,
     values_of,
 )
+from fsl_sage.papers.verdicts import AS_PUBLISHED
 from tests.support import ROOT
 
 GALLERY = ROOT / "figures" / "gallery"
@@ -65,12 +67,23 @@ def test_a_deviation_stands_where_two_seeds_are(ledger):
             assert len(values_of(row.runs)) == int(row.n)
 
 
+def test_a_number_is_judged_by_what_is_known_of_it(ledger):
+    """The spread of means over clients is not that of one client; a count of unprinted samples decides nothing."""
+    numbers = ledger[(ledger.kind == "number") & ledger.preset.isin(AS_PUBLISHED)]
+    work = numbers[(numbers.artefact == "Table 4") & (numbers.metric == "compute_per_client")]
+    assert len(work) == 5 and set(work.verdict) == {"undecided"} and work.note.str.contains("not printed").all()
+    alone = numbers[(numbers.artefact == "Table 1") & (numbers.variant == "")].iloc[0]  # with one client
+    least, most = (float(text) for text in re.findall(r"[\d.]+", alone.note)[:2])
+    half = stats.t.ppf(0.975, alone.n - 1) * alone.deviation * (1 + 1 / alone.n) ** 0.5
+    assert most - least == pytest.approx(2 * half, 1e-2)
+
+
 def test_the_readme_counts_as_the_ledger_does(ledger):
     text = (GALLERY.parent.parent / "README.md").read_text("utf-8")
-    pattern = r"Of (\d+) published numbers (\d+) are tested at .*: (\d+) hold, (\d+) differ, (\d+) are undecided"
+    pattern = r"Of (\d+) numbers (\d+) are tested at .*: (\d+) hold, (\d+) differ, (\d+) are undecided"
     assert re.search(pattern, "\n".join(text.splitlines()[:14])), "on the first screen"
     settings = settings_tested(ledger)
-    words = settings.value_counts()
+    words = settings.verdict.value_counts()
     tested = [int(words.get(word, 0)) for word in ("holds", "differs", "undecided")]
     assert [int(n) for n in re.search(pattern, text).groups()] == [len(settings), sum(tested), *tested]
 
@@ -79,7 +92,7 @@ def test_runs_of_the_published_gallery_decide_claims(tmp_path):
     """Its figures have the same names; one setting that the tables print in 23 cells is one decided number."""
     for path in (*GALLERY.glob(f"*{VERSUS}"), *GALLERY.glob("*.json")):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    before = settings_tested(gather(tmp_path))
+    before = settings_tested(gather(tmp_path)).verdict
     cells = published("sglr", "Table 2", "test_accuracy").query("n_clients == 1")
     five = [cells.assign(value=82.4 + seed / 100, seed=seed, preset="published") for seed in range(5)]
     (tmp_path / "published").mkdir()
@@ -87,7 +100,7 @@ def test_runs_of_the_published_gallery_decide_claims(tmp_path):
     compare(cells, ours).to_csv(tmp_path / "published" / f"sglr_tables_1_to_3{VERSUS}", index=False)
     facts = (GALLERY / "sglr_tables_1_to_3.json").read_bytes()
     (tmp_path / "published" / "sglr_tables_1_to_3.json").write_bytes(facts)
-    after = settings_tested(gather(tmp_path))
+    after = settings_tested(gather(tmp_path)).verdict
     assert (after != before).sum() == 1 and after[after != before].item() in ("holds", "undecided")
 
 
