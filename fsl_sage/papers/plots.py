@@ -201,6 +201,7 @@ def plot_paired(
         points(ax, [y], [gaps], across=True, color=look["color"], marker=look["marker"], markersize=5)
     ax.set_yticks(range(len(table)), labels=[str(name) for name in table.iloc[:, 0]])
     ax.set(xlabel=xlabel, ylim=(len(table) - 0.4, -0.6))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))  # more labels would touch each other
     ax.tick_params(axis="y", length=0)
     ax.grid(alpha=0.3, axis="x")
     despine(ax)
