@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from fsl_sage.algorithms.all import ALGORITHMS
+from fsl_sage.algorithms.all import ALGORITHMS, LABELS
 from fsl_sage.algorithms.base import Metrics
 from fsl_sage.algorithms.fleet import clients_in_flight
 from fsl_sage.algorithms.record import label
@@ -299,18 +299,21 @@ def table(rows: list[dict[str, object]]) -> str:
 def draw(rows: list[dict[str, object]], many: list[dict[str, object]], words: str) -> Figure:
     """Ratios as bars with their spread; time and memory over the number of clients."""
     figure, axes = new_figure(1, 1 + bool(many), height=2.8)
-    names, middle = [row["label"] for row in rows], [row["ratio"] for row in rows]
+    names = [LABELS[row["algorithm"]] for row in rows]
+    names, middle = [name.upper() if name.islower() else name for name in names], [row["ratio"] for row in rows]
     spread = [[row["ratio"] - row["ratio_least"] for row in rows], [row["ratio_most"] - row["ratio"] for row in rows]]
     axes[0].barh(names, middle, xerr=spread, color="0.75", ecolor="0.3", capsize=2)
     axes[0].axvline(1, color="black", linewidth=1)
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("time of rounds / bare forward and backward")
+    axes[0].set_xlabel("time of rounds / bare forward and backward\n(median; lines: least and most)")
     if many:
         n = [row["clients"] for row in many]
-        axes[1].loglog(n, [row["seconds_per_round"] for row in many], "o-", color="black", label="seconds a round")
-        axes[1].loglog(n, [row["peak_mib"] for row in many], "s--", color="0.5", label="peak memory, MiB")
-        axes[1].set_xlabel("clients")
-        axes[1].legend(frameon=False)
+        memory = axes[1].twinx()
+        axes[1].loglog(n, [row["seconds_per_round"] for row in many], "o-", color="black")
+        memory.plot(n, [row["peak_mib"] for row in many], "s--", color="0.5")
+        axes[1].set(xlabel="clients", ylabel="seconds a round")
+        memory.set_ylabel("peak memory [MiB], dashed", color="0.4")
+        memory.set_ylim(0, 1.2 * max(row["peak_mib"] for row in many))
     stamp(figure, words)
     return figure
 
