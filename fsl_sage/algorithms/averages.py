@@ -20,10 +20,27 @@ from ..config.parts import AverageConfig
 from ..core import weighted_average
 from ..networks.part import Part
 
-# %% ../../nbs/30c_algorithms.averages.ipynb #3678851e
+# %% ../../nbs/30c_algorithms.averages.ipynb #30c0f1a1
 States = Iterable[dict[str, Tensor]]  # models of one form, by name
 
 
+def _is_finite(model: Mapping[str, Tensor]) -> bool:  # on meta there are no numbers
+    return all(t.is_meta or bool(t.isfinite().all()) for t in model.values() if t.is_floating_point())
+
+
+def _finite(
+    states: States,
+    weights: Sequence[float],  # of them, in all 1
+) -> tuple[list[dict[str, Tensor]], Sequence[float]]:
+    "The models without NaN and infinite numbers, and their weights; all models if there is none."
+    models = list(states)
+    good = [i for i, model in enumerate(models) if _is_finite(model)]
+    if len(good) in (0, len(models)):
+        return models, weights
+    total = sum(weights[i] for i in good)
+    return [models[i] for i in good], [weights[i] / total for i in good]
+
+# %% ../../nbs/30c_algorithms.averages.ipynb #3678851e
 def _with_means(
     states: Sequence[dict[str, Tensor]], weights: Sequence[float], found: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -45,14 +62,14 @@ def plain_mean(states: States, weights: Sequence[float], start: dict[str, Tensor
 
 def median(states: States, weights: Sequence[float], start: dict[str, Tensor], config: AverageConfig) -> dict:
     "(2); of an even number of models the mean of the two in the middle."
-    models = list(states)
+    models, weights = _finite(states, weights)
     return _with_means(models, weights, {name: t.quantile(0.5, 0) for name, t in _stacked(models).items()})  # (2)
 
 
 def trimmed_mean(states: States, weights: Sequence[float], start: dict[str, Tensor], config: AverageConfig) -> dict:
     "(3); at least one model is left."
-    models = list(states)
-    cut = min(math.floor(config.trim * len(models)), (len(models) - 1) // 2)
+    models, weights = _finite(states, weights)
+    cut = min(math.floor(round(config.trim * len(models), 9)), (len(models) - 1) // 2)
     kept = {name: t.sort(0).values[cut : len(models) - cut].mean(0) for name, t in _stacked(models).items()}  # (3)
     return _with_means(models, weights, kept)
 
@@ -65,7 +82,7 @@ def _lengths(stacked: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tens
 
 def clipped_mean(states: States, weights: Sequence[float], start: dict[str, Tensor], config: AverageConfig) -> dict:
     "(1): no update is longer than κ times the median length."
-    models = list(states)
+    models, weights = _finite(states, weights)
     stacked = {name: tensors for name, tensors in _stacked(models).items() if name in start}
     lengths = _lengths(stacked, start)
     limit = config.clip * lengths.quantile(0.5)
@@ -79,7 +96,7 @@ def clipped_mean(states: States, weights: Sequence[float], start: dict[str, Tens
 
 def krum(states: States, weights: Sequence[float], start: dict[str, Tensor], config: AverageConfig) -> dict:
     "(4): one model, the one with the nearest neighbours."
-    models = list(states)
+    models, weights = _finite(states, weights)
     flat = torch.cat([t.flatten(1).double() for name, t in _stacked(models).items() if name in start], 1)
     squares = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
     neighbours = max(1, len(models) - config.hostile - 2)
@@ -135,7 +152,7 @@ def poison_updates(
     factor = -hostile.scale if hostile.attack == "sign_flip" else hostile.scale
     for i in sorted({*hostile.clients} & {*state.present}):
         for kind, parts in groups.items():
-            for name, parameter in parts[i].model.named_parameters():
+            for name, parameter in () if parts[i].away else parts[i].model.named_parameters():
                 if name in state.began.get(kind, {}) and not is_own(state.experiment, name):
                     start = state.began[kind][name]
                     parameter.copy_(start + factor * (parameter - start))

@@ -64,6 +64,9 @@ class FedAvgSettings(Settings):
     def follow(self, experiment: Experiment) -> None:
         own = experiment.model.own_layers
         require(not own or not self.share_server, "algorithm.share_server", True, "false with model.own_layers")
+        poisoned = experiment.hostile is not None and experiment.hostile.poisons == "models"
+        fine = "false with hostile models: there is no upper half of one client alone"
+        require(not poisoned or not self.share_server, "algorithm.share_server", True, fine)
 
     def between_machines(self) -> None:
         fine = "false between machines: no half can be shared"

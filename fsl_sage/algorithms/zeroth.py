@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Address', 'TWO_POINT', 'SLOW_RATE', 'SLOW', 'HERON', 'WITH_MOVED', 'MOVED', 'SLOPES', 'SLOW_CLIENTS', 'HO_SFL',
-           'HOSL', 'ZerothSettings', 'HeronSettings', 'addresses_of', 'directions_of', 'moved', 'count_step',
-           'step_along', 'auxiliary_loss', 'two_point_step', 'heron_round', 'moved_pass', 'change_along', 'share_step',
-           'ho_sfl_round', 'hosl_round']
+           'HOSL', 'ZerothSettings', 'HoslSettings', 'HeronSettings', 'addresses_of', 'directions_of', 'moved',
+           'count_step', 'step_along', 'auxiliary_loss', 'two_point_step', 'heron_round', 'moved_pass', 'change_along',
+           'share_step', 'ho_sfl_round', 'hosl_round']
 
 # %% ../../nbs/36c_algorithms.zeroth.ipynb #12b09950
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from .state import State
 from ..config.experiment import Experiment
 from ..config.presets import PRESETS
 from ..config.settings import Settings, setting
-from ..core import generator
+from ..core import generator, require
 from ..ledger import Ledger
 from ..networks.part import Part, server_step
 
@@ -44,6 +44,23 @@ class ZerothSettings(Settings):
         model = experiment.model
         model = replace(model, client=plain(model.client), auxiliary=plain(model.auxiliary))
         object.__setattr__(experiment, "model", model)
+
+
+@dataclass(frozen=True)
+class HoslSettings(ZerothSettings):
+    "HOSL's."
+
+    def follow(self, experiment: Experiment) -> None:
+        super().follow(experiment)
+        own, packed, adapter = experiment.defence, experiment.codec.smashed, experiment.model.adapter
+        drawn = {
+            "defence.noise": own.noise, "defence.drop": own.drop, "codec.smashed.stochastic": packed.stochastic,
+            "codec.smashed.name": packed.name if packed.name == "random_top_k" else "",
+            "model.adapter.dropout": adapter.dropout if adapter else 0,
+        }  # fmt: skip
+        why = f"for {self.name!r}: draws in each upload would hide the small differences that it learns from"
+        for name, value in drawn.items():
+            require(not value, name, value, f"left out {why}")
 
 
 @dataclass(frozen=True)
@@ -316,7 +333,7 @@ HO_SFL = Algorithm(
 )  # fmt: skip
 HOSL = Algorithm(
     "hosl", hosl_round, style={"color": "#cbab52", "marker": "3", "linestyle": (0, (6, 1, 2, 1))},
-    settings=ZerothSettings, order=IN_TURN, presets=SLOW_CLIENTS,
+    settings=HoslSettings, order=IN_TURN, presets=SLOW_CLIENTS,
     cost=RoundCost(
         {"forward": WITH_MOVED}, {"server": EACH, "server_forward": MOVED}, {"smashed": WITH_MOVED},
         {"scalar": SLOPES}, averaged=("client_bytes",),

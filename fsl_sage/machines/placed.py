@@ -50,6 +50,7 @@ class Placed(Part):
     "A part that computes and steps if its input has numbers, and gives shapes if it has none."
 
     shapes: dict[torch.Size, torch.Size] = field(default_factory=dict)  # of inputs → of outputs
+    away: bool = False  # whether another place steps it, on a model of its own
 
     def __call__(
         self,
@@ -101,7 +102,7 @@ def elsewhere(
 ) -> Placed:
     "A part that steps at another place."
     idle = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=0)
-    return Placed(part.model, idle, None, part.precision, fixed=part.fixed, shapes=part.shapes)
+    return Placed(part.model, idle, None, part.precision, fixed=part.fixed, shapes=part.shapes, away=True)
 
 # %% ../../nbs/75_machines.placed.ipynb #3767cd9f
 @dataclass(frozen=True)

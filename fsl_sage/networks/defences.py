@@ -163,7 +163,9 @@ def shields(
     if config.drop > 0 or config.clip > 0:
         found["smashed"] = up
     if config.drop > 0 or config.max_norm:
-        found |= {kind: Shield(config, seed, kind, coders.get(kind, AS_IT_IS), up) for kind in ANSWERS}
+        for kind in ANSWERS:  # the gradient of features answers no smashed data: it is of the upper cut
+            asked = None if kind == "feature_grad" else up
+            found[kind] = Shield(config, seed, kind, coders.get(kind, AS_IT_IS), asked)
     return found
 
 # %% ../../nbs/15b_networks.defences.ipynb #88b0b515

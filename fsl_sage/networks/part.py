@@ -95,6 +95,8 @@ class Part:
     nopeek: float = 0.0  # α: weight of NoPeek's term, of a client's half
     correction: Callable[[], None] | None = field(default=None, repr=False)  # changes gradients before each step
 
+    away = False  # whether another place steps it (`75_machines.placed`)
+
     def __call__(
         self,
         x: Tensor,  # images, or smashed data

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..algorithms.sglr import epsilon
 from ..config.experiment import Experiment
-from ..config.settings import record_of
 from ..core import arithmetic, generator, require
 from ..data.batches import eval_batches
 from ..data.images import Images
 from ..networks.cut import SplitModel
 from .inversion import decode, hijack, mean_picture, picture_errors, search_known, unsplit
+from .inversion import why_not_hijacked
 from .traffic import View
 
 # %% ../../nbs/68d_papers.attacks.ipynb #120e77c2
@@ -214,6 +214,8 @@ def attacked(
     for attack in (ATTACKS[name] for name in names):
         if any(getattr(view, field) is None for field in attack.needs):
             continue
+        if attack.run is _hijacked and why_not_hijacked(view.experiment):
+            continue
         found = attack.run(view, seed)
         rows.append((attack.name, attack.source, attack.measure, found.value, found.chance))
         if found.pictures is not None:
@@ -225,11 +227,6 @@ def release_epsilon(
     experiment: Experiment,
     delta: float,  # δ in (0, 1)
 ) -> float:  # ε; infinite without noise
-    """The ε of all releases of a sample's smashed data. `ImportError` without the extra `privacy`.
-
-    `ValueError` for an algorithm whose record does not say how often smashed data go up."""
-    cost, passes = record_of(experiment).cost, experiment.rounds * experiment.model.client.epoch
-    uploads = cost.up.get("smashed") if cost else None
-    fine = "one whose record says how often smashed data go up"
-    require(uploads is not None, "algorithm.name", experiment.algorithm.name, fine)
-    return epsilon(experiment.defence.noise, passes * uploads.of(experiment.algorithm, [1]), delta)
+    "The ε of all releases of a sample's smashed data. `ImportError` without the extra `privacy`."
+    rounds = experiment.rounds - experiment.algorithm.first_round  # which is -1 with a warm start
+    return epsilon(experiment.defence.noise, rounds * experiment.model.client.epoch, delta)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['picture_errors', 'mean_picture', 'decode', 'total_variation', 'search', 'unsplit', 'search_known', 'discriminator',
-           'Hijacker', 'hijacked_round', 'falsely_aligned_round', 'hijack']
+           'Hijacker', 'hijacked_round', 'falsely_aligned_round', 'why_not_hijacked', 'hijack']
 
 # %% ../../nbs/68c_papers.inversion.ipynb #9eb1ef50
 import math
@@ -20,6 +20,7 @@ from ..algorithms.base import Metrics, aggregate, arrivals
 from ..algorithms.sage import SageState, align_client, client_steps, target_of
 from ..algorithms.state import State, server_of
 from ..config.experiment import Experiment
+from ..config.parts import AverageConfig, CodecsConfig, DefenceConfig, SmashedCheckConfig
 from ..core import arithmetic, choose_device, generator, random_stream, require
 from ..data.images import Images
 from ..experiments.setup import client_data, prepare
@@ -234,9 +235,23 @@ def falsely_aligned_round(
     aggregate(state, rnd, ledger, client_model=state.clients)
 
 # %% ../../nbs/68c_papers.inversion.ipynb #13e65156
+def why_not_hijacked(
+    experiment: Experiment,
+) -> str:  # empty: it can be
+    "Why `hijack` does not fit: rounds that are not SplitFed's or FSL-SAGE's, or something that changes them."
+    record = record_of(experiment)
+    aligned = record.cost is not None and bool(record.cost.aligned)
+    usual = {"defence": DefenceConfig(), "codec": CodecsConfig(), "average": AverageConfig(), "hostile": None}
+    usual |= {"smashed_check": SmashedCheckConfig(), "participation": 1.0}
+    changed = {name for name, value in usual.items() if getattr(experiment, name) != value}
+    if not aligned and record.name not in ("sl_single_server", "sl_multi_server"):
+        return f"algorithm.name={record.name!r}"
+    return f"a run with {' and '.join(sorted(changed))}" if changed else ""
+
+
 @arithmetic("fp32")
 def hijack(
-    experiment: Experiment,  # SplitFed's or FSL-SAGE's
+    experiment: Experiment,  # SplitFed's or FSL-SAGE's, without defences, codecs and hostile clients
     n_rounds: int,
     device: str | torch.device = "auto",  # auto, cpu, cuda, …
     root: str | None = None,  # folder with data sets; None: FSL_SAGE_DATA or the user's cache
@@ -245,11 +260,10 @@ def hijack(
     honest: bool = False,  # for comparison: clients get true gradients, or models aligned with them
 ) -> dict[str, Any]:  # guess and truth (n, channel, height, width); ledger
     "Pictures from clients that the server has trained. `ValueError` where the server cannot choose their gradient."
-    record = record_of(experiment)
+    why, record = why_not_hijacked(experiment), record_of(experiment)
+    fine = "SplitFed's, fsl_sage's or sage_split_lr's, without defences, codecs and hostile clients"
+    require(not why, "experiment", why, fine)
     aligned = record.cost is not None and bool(record.cost.aligned)
-    answered = record.cost is not None and "smashed" in record.cost.down and bool(record.cost.averaged)
-    fine = "one whose averaged clients step on the server's gradient or an aligned estimate, as fsl_sage's"
-    require(aligned or answered, "algorithm.name", record.name, fine)
     device = choose_device(device)
     dataset, ledger = prepare(experiment, device, root)[0], Ledger(phase="start")
     state = record.init(experiment, client_data(experiment, dataset), ledger)

@@ -123,6 +123,11 @@ def test_a_backdoor_is_learnt_and_the_median_of_eight_forgets_less_of_the_rest()
         ("psl", {"average.name": "median"}, "average.name='median': must be left out for 'psl'"),
         ("async_splitfed", {"average.name": "median"}, "must be left out for 'async_splitfed'"),
         ("psl", {"hostile.clients": [0], "hostile.attack": "scaled"}, "hostile.attack='scaled': must be left out"),
+        (
+            "fed_avg",
+            {"hostile.clients": [0], "hostile.attack": "sign_flip", "algorithm.share_server": True},
+            "false with hostile models",
+        ),
         ("fed_avg", {"hostile.clients": [9]}, r"hostile.clients=\[9\]: must be from 0 to 2"),
         ("fed_avg", {"average.trim": 0.5}, "average.trim=0.5: must be a number in"),
         (

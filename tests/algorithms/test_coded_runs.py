@@ -32,6 +32,8 @@ ANSWERED = [name for name in CROSSES if "smashed" in ALGORITHMS[name].cost.down]
 @pytest.mark.parametrize("name", CROSSES)
 def test_the_ledger_charges_what_is_packed_and_the_table_prices_it(name, way):
     """With short last batches, and clients that come back after an absence."""
+    if (name, way) == ("hosl", "sparse"):
+        pytest.skip("HOSL refuses codecs that draw")
     sizes, small = [7, 6, 10], NETWORK | {"model.client.batch_size": 4}
     own = {"algorithm.server_update_interval": 2, "algorithm.align_interval": 2, "algorithm.align_epochs": 2}
     changes = small | own | WAYS[way]

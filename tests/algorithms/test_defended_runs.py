@@ -47,6 +47,22 @@ def test_baselines_are_the_undefended_experiment(name):
         assert run.hash != plain.hash and from_dict(run.to_dict()) == run
 
 
+@pytest.mark.parametrize("cuts", [("conv1", "layer1"), ("layer1", "layer3")])
+def test_dropped_channels_leave_the_gradient_of_the_features_alone(cuts, monkeypatch):
+    """In U-shaped training it is of the upper cut, which may have as many channels."""
+    seen, unpack = {}, Shield.unpack
+
+    def spy(self, packed, like, client):
+        value = unpack(self, packed, like, client)
+        seen.setdefault(self.kind, []).append(float((value.flatten(2) == 0).all(2).float().mean()))
+        return value
+
+    monkeypatch.setattr(Shield, "unpack", spy)
+    network = {"model.name": "resnet18", "model.width": 4, "model.cut": cuts[0], "model.head_cut": cuts[1]}
+    train(tiny("sl_single_server", rounds=1, **network, **{"defence.drop": 0.5}), "cpu", progress=False)
+    assert max(seen["feature_grad"]) < 0.1 and 0.3 < sum(seen["cut_grad"]) / len(seen["cut_grad"]) < 0.7
+
+
 @pytest.mark.parametrize("field", ON)
 def test_a_defence_changes_the_run_and_only_a_bottleneck_its_bytes(field):
     network = {"model.name": "resnet18", "model.width": 4, "model.cut": "layer1"} if field == "bottleneck" else {}

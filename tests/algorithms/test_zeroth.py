@@ -117,6 +117,24 @@ def test_bytes_of_a_round_by_hand():
                 assert sent[way, kind] == times * (3 * 2 * 4 if kind == "scalars" else 120 * sample), (algorithm, kind)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"defence.clip": 1.0, "defence.noise": 0.1},
+        {"defence.drop": 0.1},
+        {"codec.smashed.name": "random_top_k"},
+        {"codec.smashed.bits": 4, "codec.smashed.stochastic": True},
+        {"dataset.name": "restaurants", "model.name": "gpt2_tiny", "model.adapter": {"rank": 2, "dropout": 0.1}},
+    ],
+)
+def test_hosl_refuses_draws_that_hide_its_differences(changes):
+    """Noise of 0.05 C made its slopes six times as long, dropout thirty times."""
+    changes = SMALL | changes
+    with pytest.raises(ValueError, match="left out for 'hosl': draws in each upload would hide the small differences that it learns from"):
+        preset("smoke", "hosl", **changes)
+    preset("smoke", "ho_sfl", **changes)
+
+
 def test_their_clients_have_plain_sgd_at_the_rate_of_the_configuration():
     run = preset("smoke", "heron_sfl", **{"model.client.optimizer": {"name": "adam", "lr": 0.25}})
     client, aux, server = (getattr(run.model, part).optimizer for part in ("client", "auxiliary", "server"))

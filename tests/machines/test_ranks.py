@@ -41,6 +41,9 @@ BUDGET = {"rounds": 5, "comm_threshold_mb": 1.0, "eval_every": 3}
 EXPERIMENTS["psl, within a budget"] = EXPERIMENTS["psl"].replace(**BUDGET)
 for name in ("fsl_sage", "psl", "ssl", "fed_avg"):
     EXPERIMENTS[f"{name}, half of the clients"] = EXPERIMENTS[name].replace(participation=0.5, rounds=3)
+LIARS = {"hostile.clients": [0], "hostile.attack": "sign_flip", "hostile.scale": 2.0}
+EXPERIMENTS["fed_avg, one flips"] = EXPERIMENTS["fed_avg"].replace(**LIARS)
+EXPERIMENTS["cse_fsl, one flips, clipped"] = EXPERIMENTS["cse_fsl"].replace(**LIARS | {"average.name": "clip"})
 TEXTS = {"dataset.name": "restaurants", "dataset.max_train": 60, "dataset.max_test": 20, "dataset.val_size": 10}
 TEXTS |= {"model.name": "gpt2_tiny", "model.blocks": 2, "model.width": 16, "model.client.batch_size": 8}
 TEXTS |= {"num_clients": 2, "rounds": 2, "dataset.distribution": "iid", "dataset.size_spread": 0.5}

@@ -70,8 +70,20 @@ def test_a_hijacked_federation_sends_what_an_honest_one_sends(algorithm):
     true = hijack(experiment, 2, "cpu", honest=True)
     assert true["ledger"].bytes("wire") == honest.rounds.wire_bytes.iloc[-1]
     assert not torch.equal(true["guess"], taken["guess"])
-    with pytest.raises(ValueError, match="an aligned estimate"):
-        hijack(experiment.replace(**{"algorithm.name": "cse_fsl"}), 1, "cpu")
+    for name in ("cse_fsl", "scala", "gas", "ssl"):  # whose rounds are others
+        with pytest.raises(ValueError, match=f"algorithm.name='{name}'"):
+            hijack(experiment.replace(**{"algorithm.name": name}), 1, "cpu")
+
+
+@pytest.mark.parametrize("algorithm", ["sl_single_server", "fsl_sage"])
+@pytest.mark.parametrize("changes", [{"defence.drop": 0.5}, {"codec.smashed.bits": 2}, {"hostile.clients": [1]}])
+def test_no_hijacked_run_stands_for_one_with_defences(algorithm, changes):
+    """The hijacker's rounds pack nothing: their pictures would be those of the undefended run."""
+    experiment = preset("smoke", algorithm, **TINY | {"rounds": 1, "model.cut": "layer1"} | changes)
+    with pytest.raises(ValueError, match=f"a run with {next(iter(changes)).split('.')[0]}"):
+        hijack(experiment, 1, "cpu")
+    table, pictures = attacked(observe(experiment, "cpu"), ["fsha", "fsha_aligned"])
+    assert not len(table) and not pictures
 
 
 @pytest.mark.parametrize(
