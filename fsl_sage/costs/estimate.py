@@ -35,6 +35,7 @@ from ..data.batches import ClientData
 from ..data.grammar import TEST_PAIRS, TRAIN_PAIRS
 from ..data.sources import KNOWN, load
 from ..networks.cut import SplitModel, evaluated, with_head
+from ..networks.defences import narrowed
 from ..networks.layout import fast_layout
 from ..networks.part import NextToken
 from ..networks.zoo import MODELS, split_model
@@ -76,6 +77,7 @@ def networks(
     dataset: DatasetConfig,
     algorithm: str,  # its name
     batch_size: int,  # of a client; the length of texts depends on it
+    bottleneck: int | None = None,  # channels that cross the cut; None: all
 ) -> tuple[SplitModel, nn.Module | None, tuple[int, ...]]:  # the halves; the auxiliary model; a sample's shape
     "Networks, freshly initialised. `ValueError` if the size of the data set is not known."
     known = KNOWN[one_of("dataset.name", dataset.name, SAMPLES)]
@@ -88,6 +90,8 @@ def networks(
         split = with_head(split, model.head_cut, evaluated(split.client, torch.zeros(2, channels, size, size)))
     has_one = algorithms()[algorithm].auxiliary
     aux = auxiliary_model(model.name, split, model.auxiliary.size) if has_one else None
+    if bottleneck is not None:
+        aux = narrowed(split, aux, bottleneck, evaluated(split.client, torch.zeros(2, channels, size, size)))
     return split, aux, (channels, size, size)
 
 
@@ -112,10 +116,12 @@ class Counted(NamedTuple):
 
 
 @cache
-def _counted(model: ModelConfig, dataset: DatasetConfig, algorithm: str, batch_size: int) -> Counted:
+def _counted(
+    model: ModelConfig, dataset: DatasetConfig, algorithm: str, batch_size: int, bottleneck: int | None
+) -> Counted:
     text = MODELS[model.name].reads == "text"
     with torch.device("meta") if text else nullcontext():
-        split, aux, shape = networks(model, dataset, algorithm, batch_size)
+        split, aux, shape = networks(model, dataset, algorithm, batch_size, bottleneck)
     parts: dict[str, Any] = {"clients": split.client, "servers": split.server, "auxes": aux}
     frozen = [p for part in parts.values() if part for p in part.parameters() if not p.requires_grad]
 
@@ -143,7 +149,8 @@ def count(
     first: int = 0,  # the round with which its own work begins; another run makes those before
 ) -> dict[str, float]:  # FLOPs of training, alignment, evaluation; bytes sent; memory in bytes
     "Count what a run computes, sends and holds. `ValueError` if the size of its data set is not known."
-    cuts, asked = run.model.cuts, (run.dataset, run.algorithm.name, run.model.client.batch_size)
+    cuts, batch_size = run.model.cuts, run.model.client.batch_size
+    asked = run.dataset, run.algorithm.name, batch_size, run.defence.bottleneck
     each = [_counted(replace(run.model, cut=cut, cuts=()), *asked) for cut in cuts]  # of the clients
     one = max(each, key=lambda counted: counted.costs.client_bytes) if cuts else _counted(run.model, *asked)
     samples, tested = share(run)

@@ -130,7 +130,10 @@ def test_bytes_of_a_round_by_hand():
 def test_hosl_refuses_draws_that_hide_its_differences(changes):
     """Noise of 0.05 C made its slopes six times as long, dropout thirty times."""
     changes = SMALL | changes
-    with pytest.raises(ValueError, match="left out for 'hosl': draws in each upload would hide the small differences that it learns from"):
+    with pytest.raises(
+        ValueError,
+        match="left out for 'hosl': draws in each upload would hide the small differences that it learns from",
+    ):
         preset("smoke", "hosl", **changes)
     preset("smoke", "ho_sfl", **changes)
 

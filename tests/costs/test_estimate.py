@@ -34,3 +34,10 @@ def test_without_its_files_the_released_setting_says_where_to_put_them(tmp_path)
     run = language_run("paper", "fsl_sage")
     with pytest.raises(FileNotFoundError, match=r"data set 'e2e' not found; .*testset_w_refs\.csv.*FSL_SAGE_DATA"):
         train(run, "cpu", tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("name", ["sl_single_server", "fsl_sage"])
+@pytest.mark.parametrize("bottleneck", [None, 2])
+def test_the_estimate_is_what_a_run_sends(name, bottleneck):
+    run = preset("smoke", name, rounds=2, num_clients=3, **{"defence.bottleneck": bottleneck, "dataset.max_train": 120})
+    assert count(run)["bytes"] == train(run, "cpu", progress=False).rounds.paper_bytes.iloc[-1]
