@@ -170,8 +170,8 @@ def claims() -> str:
 def verdicts(claims: pd.DataFrame) -> str:
     "A table of claims, some rows of the ledger."
     rows = ["| claim | published | ours | verdict |", "|---|---|---|---|"]
-    runs = claims[["kind", "metric", "value", "variant", "ours", "deviation", "n"]].astype(str).agg("/".join, axis=1)
-    cells = runs.where(claims.deviation.notna(), claims.index.astype(str))  # those of one setting have the same runs
+    same = claims.groupby(["kind", "metric", "value", "variant", "ours", "deviation", "n"], dropna=False).ngroup()
+    cells = same.where(claims.deviation.notna(), -1 - claims.index)  # those of one setting have the same runs
     for place, claim in claims[~cells.duplicated()].to_dict("index").items():
         order, more = claim["kind"] == "order", int((cells == cells[place]).sum()) - 1
         statement = claim["statement"] or f"{claim['metric'].replace('_', ' ')} at `{claim['setting']}`"
