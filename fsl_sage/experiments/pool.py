@@ -135,7 +135,7 @@ class RoundsBar:
         store: Path,  # root of the store
         runs: Sequence[Experiment],  # to be trained
         shown: bool,  # show the bar
-        seconds: float = 2.0,  # between two looks at the checkpoints
+        seconds: float = 10.0,  # between two looks at the checkpoints, which are not written more often
     ) -> None:
         self.store, self.left, self.runs, self.seconds = store, list(runs), len(runs), seconds
         self.rounds, self.over, self.thread = 0, Event(), Thread(target=self._follow, daemon=True)
