@@ -119,12 +119,16 @@ def side_by_side(
 # %% ../../nbs/51_experiments.pool.ipynb #51b0a2c5
 def rounds_kept(
     store: Path,  # root of the store
-    run: Experiment,  # unfinished
-) -> int:  # 0: it has no checkpoint
-    "Rounds that the checkpoint of a run holds."
-    files = (store / "progress").glob(f"{run.hash}*.safetensors")
-    kept = [fields_of_progress(path).get("next_round") for path in files]
-    return min(run.rounds, max((n for n in kept if isinstance(n, int)), default=0))
+    most: Mapping[str, int],  # hash of an unfinished run → all of its rounds
+) -> int:
+    "Rounds that the checkpoints of these runs hold."
+    found: dict[str, int] = {}
+    for path in (store / "progress").glob("*.safetensors"):
+        own = path.name[:16]
+        kept = fields_of_progress(path).get("next_round") if own in most else None
+        if isinstance(kept, int):
+            found[own] = min(most[own], max(kept, found.get(own, 0)))
+    return sum(found.values())
 
 # %% ../../nbs/51_experiments.pool.ipynb #51b0a2c2
 class RoundsBar:
@@ -137,10 +141,10 @@ class RoundsBar:
         shown: bool,  # show the bar
         seconds: float = 10.0,  # between two looks at the checkpoints, which are not written more often
     ) -> None:
-        self.store, self.left, self.runs, self.seconds = store, list(runs), len(runs), seconds
+        self.store, self.left, self.runs, self.seconds = store, {r.hash: r.rounds for r in runs}, len(runs), seconds
         self.rounds, self.over, self.thread = 0, Event(), Thread(target=self._follow, daemon=True)
-        total, usual = sum(run.rounds for run in runs), {"unit": "round", "smoothing": 0, "disable": not shown}
-        self.bar = tqdm(total=total, desc=self.said(), initial=self.made(), **usual)
+        total, usual = sum(self.left.values()), {"unit": "round", "smoothing": 0, "disable": not shown}
+        self.bar = tqdm(total=total, desc=self.said(), initial=self.made() if shown else 0, **usual)
 
     def said(self) -> str:
         "How many runs have ended."
@@ -148,15 +152,16 @@ class RoundsBar:
 
     def made(self) -> int:
         "Rounds made so far."
-        return self.rounds + sum(rounds_kept(self.store, run) for run in list(self.left))
+        return self.rounds + rounds_kept(self.store, dict(self.left))
 
     def _follow(self) -> None:
         while not self.over.wait(self.seconds):
             self._look()
 
     def _look(self) -> None:
-        self.bar.n = max(self.bar.n, self.made())
-        self.bar.refresh()
+        if not self.bar.disable:
+            self.bar.n = max(self.bar.n, self.made())
+            self.bar.refresh()
 
     def ended(
         self,
@@ -164,8 +169,7 @@ class RoundsBar:
         failed: int,  # runs that have failed so far
     ) -> None:
         "Count a run that has ended."
-        self.left.remove(run)
-        self.rounds += run.rounds
+        self.rounds += self.left.pop(run.hash)
         self.bar.set_description_str(self.said(), refresh=False)
         self.bar.set_postfix({"failed": failed} if failed else {}, refresh=False)
         self._look()

@@ -129,7 +129,7 @@ class Attack(NamedTuple):
     measure: str  # what the value is: AUC, accuracy, SSIM
     source: str  # what it works on
     needs: tuple[str, ...]  # fields of `View` that must be there
-    run: Callable[[View, int], Found]  # a view, a seed
+    run: Callable[[View, int], Found | None]  # a view, a seed; None: it does not fit the experiment
 
 # %% ../../nbs/68d_papers.attacks.ipynb #b28108c6
 def _norm(gradients: Tensor, labels: Tensor, seed: int) -> Found:
@@ -163,7 +163,9 @@ HIJACKED_ROUNDS = 3  # of FSHA
 FALSE_PASSES = 100  # of an alignment with false gradients, at least
 
 
-def _hijacked(view: View, seed: int) -> Found:
+def _hijacked(view: View, seed: int) -> Found | None:
+    if why_not_hijacked(view.experiment):
+        return None
     experiment, rounds = view.experiment, HIJACKED_ROUNDS
     if view.aligned is not None:  # its clients get a false gradient at alignments only
         passes = max(FALSE_PASSES, experiment.algorithm.align_epochs)
@@ -214,9 +216,8 @@ def attacked(
     for attack in (ATTACKS[name] for name in names):
         if any(getattr(view, field) is None for field in attack.needs):
             continue
-        if attack.run is _hijacked and why_not_hijacked(view.experiment):
+        if (found := attack.run(view, seed)) is None:
             continue
-        found = attack.run(view, seed)
         rows.append((attack.name, attack.source, attack.measure, found.value, found.chance))
         if found.pictures is not None:
             pictures[attack.name] = found.pictures

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -21,8 +20,8 @@ import pandas as pd
 from ..config.experiment import Experiment
 from ..core import atomic_path, require
 from .claims import LEDGER_COLUMNS, all_published, embedded, parse_setting, published
-from .verdicts import AS_PUBLISHED, GRIDS, VERDICTS, holm, margin_of, order_test, order_verdict
-from .verdicts import parse_order, sglr_setting, spread_of, verdict
+from .verdicts import AS_PUBLISHED, VERDICTS, cell_setting, holm, margin_of, order_test, order_verdict
+from .verdicts import parse_order, spread_of, verdict
 
 # %% ../../nbs/64_papers.standing.ipynb #95aaaf38
 FREE = ("algorithm", "auxiliary", "rounds", "comm_threshold_mb", "eval_every", "plugins")
@@ -307,8 +306,7 @@ def settings_tested(
     numbers = ledger[(ledger.kind == "number") & (ledger.variant == "") & (ledger.metric != TWICE)]
     found: dict[Any, tuple[Any, set[str]]] = {}
     for row in numbers.itertuples():
-        cell = row.artefact in GRIDS and row.metric == "test_accuracy"
-        own = sglr_setting(SimpleNamespace(**parse_setting(row.setting))) if cell else (row.artefact, row.setting)
+        own = cell_setting(row.artefact, row.setting) or (row.artefact, row.setting)
         _, words = found.setdefault((row.paper, row.metric, *own), (row, set()))
         words |= {row.verdict} if row.preset in AS_PUBLISHED and row.verdict != "not run" else set()
     said = [next(iter(words)) if len(words) == 1 else "undecided" * bool(words) for _, words in found.values()]
